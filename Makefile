@@ -1,0 +1,36 @@
+# Two commands: `make repro` (results and site) and `make test` (all tests). Both set up .venv from the lock when needed.
+SHELL := /bin/sh
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export PYTHONHASHSEED := 0
+
+.PHONY: repro test setup bench sync clean
+
+repro: setup
+	dvc repro
+	@moe-lab done
+
+test: setup sync
+	nbdev_test --path nbs --n_workers 2
+	pytest
+
+sync: setup
+	@nbdev_export
+	@git diff --quiet -- moe_lab || { git --no-pager diff --stat -- moe_lab; echo 'make: moe_lab/ was not what the notebooks export; commit the change above'; exit 1; }
+
+bench: setup
+	moe-lab run nbs/pipeline/bench.ipynb --out bench -p repeats=30
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo 'make: Python 3.11 is needed; name it with: make PYTHON=/path/to/python3.11 ...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --no-compile --progress-bar on -r requirements.lock
+	python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf build site runs/*/.staging runs/*/.resume runs/*/.failed
