@@ -103,12 +103,18 @@ class RunParams(Strict):
     train: TrainParams
     evaluate: EvalParams = EvalParams()
 
-# %% ../nbs/lib/00_params.ipynb #cc10da7a
+# %% ../nbs/lib/00_params.ipynb #063df6d0
 class Params(Strict):
     "All of `params.yaml`, with the chosen profile already applied."
     profile: str = Field(description="which entry of `profiles` is laid over `runs`")
     threads: int = Field(ge=1, description="CPU threads; part of the result, since sums depend on their order")
     runs: dict[str, RunParams]
+
+    def run(self, name: str) -> RunParams:
+        "The run called `name`. `UserError` with the nearest name when there is none."
+        if name not in self.runs:
+            raise UserError(f"runs.{name}: no such run{nearest(name, self.runs)}")
+        return self.runs[name]
 
 # %% ../nbs/lib/00_params.ipynb #ec54220f
 def merged(

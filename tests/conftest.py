@@ -1,0 +1,54 @@
+"""A throw-away checkout in which the pipeline runs with the `smoke` profile."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+class Checkout:
+    "A copy of the tracked files, under git and DVC of its own."
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": str(path),
+                    "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org", "GIT_COMMITTER_NAME": "test",
+                    "GIT_COMMITTER_EMAIL": "test@example.org"}
+
+    def call(self, *command: str, ok: bool = True, timeout: int = 300) -> subprocess.CompletedProcess:
+        "Run a command inside; with `ok`, fail the test with its output when it fails."
+        done = subprocess.run(command, cwd=self.path, env=self.env, capture_output=True, text=True, timeout=timeout)
+        assert not ok or done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        "Replace `old`, which must be there, in a file."
+        path = self.path / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    def commit(self) -> None:
+        "Commit all that changed."
+        self.call("git", "add", "-A")
+        self.call("git", "commit", "-qm", "change", ok=False)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Checkout:
+    "The tracked files of this working tree, committed, with the `smoke` profile."
+    path = tmp_path_factory.mktemp("checkout") / "moe_lab"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(lambda n: n and (ROOT / n).is_file(), names):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, path / name)
+    here = Checkout(path)
+    here.edit("params.yaml", "profile: tiny", "profile: smoke")
+    here.call("git", "init", "-q")
+    here.commit()
+    return here
