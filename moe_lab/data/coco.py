@@ -45,7 +45,7 @@ def has_split(
     "Whether annotations of this split exist."
     return split_files(root, split)[0].exists()
 
-# %% ../../nbs/lib/22_data_coco.ipynb #9ea7b2a8
+# %% ../../nbs/lib/22_data_coco.ipynb #e9f8d8cc
 def read_json(
     path: Path,  # an annotation file
 ) -> dict[str, Any]:
@@ -56,7 +56,8 @@ def read_json(
         raise UserError(f"{path}: no such annotation file; check data.root, or bring the dataset with `dvc repro data.dvc`") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         where = f":{e.lineno}:{e.colno}" if isinstance(e, json.JSONDecodeError) else ""
-        raise UserError(f"{path}{where}: not valid JSON ({getattr(e, 'msg', e)}); the file is damaged or cut short, copy it again") from None
+        what = getattr(e, "msg", e)
+        raise UserError(f"{path}{where}: not valid JSON ({what}); the file is damaged or cut short, copy it again") from None
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(data, dict) or not isinstance(data.get(k), list)]
     if missing:
         raise UserError(f"{path}: {missing[0]}: this list is missing; a COCO instances file has images, annotations and categories")
@@ -87,13 +88,14 @@ def _ids(entries: list[dict], path: Path, section: str) -> list[int]:
         raise UserError(f"{path}: {section}: id {twice[0]} occurs more than once ({len(twice)} such ids); ids must be unique")
     return ids
 
-# %% ../../nbs/lib/22_data_coco.ipynb #abbd0277
+# %% ../../nbs/lib/22_data_coco.ipynb #10883a3d
 def _known(ids: list[int], known: Iterable[int], path: Path, key: str, section: str) -> np.ndarray:
     "Position of each id in the order of `known`; `UserError` for the first unknown one."
     place = {i: n for n, i in enumerate(known)}
     unknown = next((k for k, i in enumerate(ids) if i not in place), None)
     if unknown is not None:
-        raise UserError(f"{path}: annotations[{unknown}].{key}: no entry with id {ids[unknown]!r} in {section}; add it or remove the annotation")
+        where = f"{path}: annotations[{unknown}].{key}"
+        raise UserError(f"{where}: no entry with id {ids[unknown]!r} in {section}; add it or remove the annotation")
     return np.array([place[i] for i in ids], np.int64)
 
 # %% ../../nbs/lib/22_data_coco.ipynb #794e91b4
@@ -178,7 +180,7 @@ def read_index(
     grouped = [np.split(values[order], cuts) for values in (boxes, label, crowd)]
     return CocoIndex(path, images, categories, *grouped, _notes(path, usable, changed))
 
-# %% ../../nbs/lib/22_data_coco.ipynb #c29a3e66
+# %% ../../nbs/lib/22_data_coco.ipynb #0392885b
 def check_files(
     index: CocoIndex,  # what should be there
     folder: Path,  # where it should be
@@ -191,7 +193,8 @@ def check_files(
     missing = [(k, n) for k, n in enumerate(names) if n not in present and not (folder / n).exists()]
     if missing:
         k, name = missing[0]
-        raise UserError(f"{index.path}: images[{k}].file_name: no such image {name!r} under {folder} ({len(missing)} of {len(names)} are missing); "
+        count = f"{len(missing)} of {len(names)} are missing"
+        raise UserError(f"{index.path}: images[{k}].file_name: no such image {name!r} under {folder} ({count}); "
                         "fix the path, copy the file or remove the entry")
 
 # %% ../../nbs/lib/22_data_coco.ipynb #6ef65483

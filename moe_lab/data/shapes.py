@@ -6,30 +6,31 @@
 __all__ = ['HEXAHEDRON', 'PALETTE', 'SLOTS', 'GLOWS', 'BODY', 'RIDER', 'FIXTURE', 'CARS', 'LETTERS', 'MODELS', 'turn', 'circle',
            'dot', 'cross', 'normals', 'solid', 'frustum', 'block', 'tube', 'ball', 'ring', 'Model', 'model_of',
            'wheels', 'lights', 'car', 'panes', 'van', 'bus', 'cargo', 'truck', 'trailer', 'limb', 'head', 'pedestrian',
-           'rider', 'bicycle_pieces', 'motorcycle_pieces', 'bicycle', 'cyclist', 'motorcycle', 'motorcyclist',
+           'rider', 'bicycle_pieces', 'bicycle', 'motorcycle_pieces', 'motorcycle', 'cyclist', 'motorcyclist',
            'traffic_light', 'stop_sign', 'traffic_cone', 'barrier', 'tree', 'lamp_post', 'building', 'model']
 
-# %% ../../nbs/lib/23_shapes.ipynb #99ee60d7
+# %% ../../nbs/lib/23_shapes.ipynb #167a5d27
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 import numpy as np
 from ..params import UserError
 
-# %% ../../nbs/lib/23_shapes.ipynb #e2eecc27
+# %% ../../nbs/lib/23_shapes.ipynb #982e5d6b
 def turn(
     angle: float, # angle, radians
 ) -> tuple[float, float]: # cosine and sine, multiples of 2⁻²⁰
     "Cosine and sine that are the same on every machine"
     return round(math.cos(angle) * 2**20) / 2**20, round(math.sin(angle) * 2**20) / 2**20
 
+# %% ../../nbs/lib/23_shapes.ipynb #c1410367
 def circle(
     n: int, # number of points
 ) -> np.ndarray: # (n, 2) points on the unit circle
     "Corners of a regular polygon with one flat side down"
     return np.array([turn(2 * math.pi * (i + .5) / n) for i in range(n)])
 
-# %% ../../nbs/lib/23_shapes.ipynb #798f1a99
+# %% ../../nbs/lib/23_shapes.ipynb #1233f606
 def dot(
     a: np.ndarray, # (..., 3)
     b: np.ndarray, # (..., 3)
@@ -37,6 +38,7 @@ def dot(
     "Scalar product with a fixed order of additions"
     return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
 
+# %% ../../nbs/lib/23_shapes.ipynb #cf09846a
 def cross(
     a: np.ndarray, # (..., 3)
     b: np.ndarray, # (..., 3)
@@ -45,6 +47,7 @@ def cross(
     (ax, ay, az), (bx, by, bz) = np.moveaxis(a, -1, 0), np.moveaxis(b, -1, 0)
     return np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], -1)
 
+# %% ../../nbs/lib/23_shapes.ipynb #0ead2ee4
 def normals(
     quads: np.ndarray, # (F, 4, 3) corners
 ) -> np.ndarray: # (F, 3) unit normals
@@ -62,7 +65,7 @@ def solid(
     inward = dot(normals(quads), quads[:, 0] - points.sum(0) / len(points)) < 0
     return np.where(inward[:, None, None], quads[:, ::-1], quads)
 
-# %% ../../nbs/lib/23_shapes.ipynb #66b16521
+# %% ../../nbs/lib/23_shapes.ipynb #04f33c0d
 HEXAHEDRON = [(0, 1, 2, 3), (4, 5, 6, 7), (0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7)]
 
 def frustum(
@@ -73,6 +76,7 @@ def frustum(
     corners = [(x, y, z) for x0, x1, w, z in (bottom, top) for x, y in ((x0, -w), (x1, -w), (x1, w), (x0, w))]
     return solid(np.array(corners, float), HEXAHEDRON)
 
+# %% ../../nbs/lib/23_shapes.ipynb #80eda449
 def block(
     x: tuple, # from, to; metres
     y: tuple, # from, to
@@ -82,7 +86,7 @@ def block(
     quads = frustum((x[0], x[1], (y[1] - y[0]) / 2, z[0]), (x[0], x[1], (y[1] - y[0]) / 2, z[1]))
     return quads + np.array([0, (y[0] + y[1]) / 2, 0])
 
-# %% ../../nbs/lib/23_shapes.ipynb #ee8be4e6
+# %% ../../nbs/lib/23_shapes.ipynb #44e1f377
 def tube(
     start: tuple, # x, y, z of one end, metres
     end: tuple, # of the other
@@ -101,6 +105,7 @@ def tube(
     caps = [(o, o + i, o + i + 1, o + i + 2) for o in (0, sides) for i in range(1, sides - 2, 2)]
     return solid(points, sleeve + caps)
 
+# %% ../../nbs/lib/23_shapes.ipynb #8b3a8b1d
 def ball(
     centre: tuple, # x, y, z, metres
     radii: tuple, # along x, y, z
@@ -129,13 +134,15 @@ def ring(
     left, right = [(at(radius, y), at(radius - width, y)) for y in (thickness / 2, -thickness / 2)]
     return np.concatenate([quad(left[1], left[0]), quad(right[0], right[1]), quad(left[0], right[0])]) + np.array(centre)
 
-# %% ../../nbs/lib/23_shapes.ipynb #66c9f343
+# %% ../../nbs/lib/23_shapes.ipynb #5a842c36
 PALETTE = dict(body=(170, 40, 40), second=(225, 225, 225), glass=(46, 58, 72), tyre=(26, 26, 28), metal=(150, 152, 156), dark=(44, 44, 48),
     headlight=(250, 246, 226), taillight=(196, 24, 28), skin=(208, 160, 128), hair=(52, 36, 26), shirt=(60, 90, 160), trousers=(48, 52, 70),
     shoe=(36, 30, 30), white=(238, 238, 234), red=(196, 28, 34), orange=(236, 104, 24), leaf=(72, 108, 48), wood=(92, 70, 52), pole=(112, 114, 112),
     lens_red=(240, 40, 36), lens_amber=(250, 176, 40), lens_green=(48, 222, 120), lens_off=(58, 56, 52), lamp=(250, 226, 176), wall=(160, 140, 120))
 SLOTS = {name: i for i, name in enumerate(PALETTE)}
 GLOWS = ('headlight', 'taillight', 'lens_red', 'lens_amber', 'lens_green', 'lamp')
+
+# %% ../../nbs/lib/23_shapes.ipynb #cf72c03e
 BODY, RIDER, FIXTURE = 0, 1, 2
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def model_of(
     fill = lambda values: np.concatenate([np.full(len(q), v) for (_, q, _), v in zip(pieces, values)])
     return Model(np.concatenate([q for _, q, _ in pieces]), fill([SLOTS[s] for s, _, _ in pieces]), fill([p for *_, p in pieces]))
 
-# %% ../../nbs/lib/23_shapes.ipynb #a318c413
+# %% ../../nbs/lib/23_shapes.ipynb #14dc5e92
 def wheels(
     xs: tuple, # positions of the axles, metres
     half_width: float, # outer face of the tyres
@@ -164,6 +171,7 @@ def wheels(
     bar = lambda x, s, r, out: tube((x, s * (half_width - .24), radius), (x, s * (half_width + out), radius), r, sides=10)
     return [(slot, bar(x, s, r, out)) for x in xs for s in (-1, 1) for slot, r, out in (('tyre', radius, 0), ('metal', radius * .55, .015))]
 
+# %% ../../nbs/lib/23_shapes.ipynb #209d9192
 def lights(
     front: float, # x of the front face, metres
     rear: float, # x of the rear face
@@ -192,7 +200,7 @@ def car(
              ('dark', frustum((-2.23, 2.23, .8, .28), (-2.23, 2.23, .8, .44))), ('dark', block((2.12, 2.22), (-.4, .4), (.56, .7)))]
     return model_of(*shell, *[('body', pillar(x)) for x in (b0 + .1, middle, b1 - .1)], *wheels((-1.35, 1.35), .9, .33), *lights(2.2, -2.2, .64, .68))
 
-# %% ../../nbs/lib/23_shapes.ipynb #46ba11d0
+# %% ../../nbs/lib/23_shapes.ipynb #02308e2b
 def panes(
     xs: list, # left edges, metres
     width: float, # of each
@@ -202,6 +210,7 @@ def panes(
     "A row of side windows, a finger's breadth proud of the wall"
     return [('glass', block((x, x + width), (-half - .012, half + .012), z)) for x in xs]
 
+# %% ../../nbs/lib/23_shapes.ipynb #fe92b710
 def van(
     variant: int = 0, # 0 panel van, 1 minibus with side windows
 ) -> Model:
@@ -212,6 +221,7 @@ def van(
              ('dark', frustum((-2.63, 2.63, .9, .35), (-2.63, 2.63, .9, .52)))]
     return model_of(*shell, *sides, *wheels((-1.6, 1.65), .98, .35), *lights(2.55, -2.6, .75, .78))
 
+# %% ../../nbs/lib/23_shapes.ipynb #4cd58984
 def bus(
     variant: int = 0, # 0 with a coloured band, 1 plain
 ) -> Model:
@@ -224,7 +234,7 @@ def bus(
     doors = [('dark', block((x, x + 1.1), (-1.3, 0), (.45, 2.5))) for x in (4.1, -.9)] + [('glass', block((x + .1, x + 1.), (-1.31, 0), (.6, 2.4))) for x in (4.1, -.9)]
     return model_of(*shell, *doors, *panes(xs, 1.1, 1.28, (1.5, 2.5)), *wheels((-3.3, 3.4), 1.28, .5), *lights(5.52, -5.52, 1.0, .72, .2))
 
-# %% ../../nbs/lib/23_shapes.ipynb #9e773d7a
+# %% ../../nbs/lib/23_shapes.ipynb #23b5b488
 def cargo(
     variant: int, # 0 box, 1 tank, 2 open bed with a load
     front: float, # x of its front end, metres
@@ -235,6 +245,7 @@ def cargo(
     bed = [('second', block((-4, front), (-1.25, 1.25), (1.0, 1.75))), ('wood', frustum((-3.8, front - .2, 1.1, 1.75), (-2.8, front - 1.2, .5, 2.7)))]
     return ([('second', block((-4, front), (-1.25, 1.25), (1.0, 3.25)))] + rib, tank, bed)[variant % 3]
 
+# %% ../../nbs/lib/23_shapes.ipynb #7c7dea25
 def truck(
     variant: int = 0, # of the load
 ) -> Model:
@@ -244,12 +255,13 @@ def truck(
            ('dark', block((-4, 4.02), (-.9, .9), (.5, 1.0))), ('dark', block((3.8, 4.03), (-1.2, 1.2), (.45, .75))), ('metal', block((3.9, 4.03), (-.7, .7), (.9, 1.35)))]
     return model_of(*cab, *cargo(variant, 1.8), *wheels((-3.0, -1.9, 2.9), 1.22, .5), *lights(4.02, -4.02, .95, .9, .2))
 
+# %% ../../nbs/lib/23_shapes.ipynb #a83fbd87
 def trailer(variant: int = 0) -> Model:
     "The load without a cab, 8 x 2.5 x 3.25 m"
     legs = [('metal', block((3.0, 3.2), (s - .08, s + .08), (0, 1.0))) for s in (-.8, .8)]
     return model_of(*cargo(variant, 4.0), ('dark', block((-4, 4), (-.9, .9), (.6, 1.0))), *legs, *wheels((-3.1, -2.0), 1.22, .5), *lights(4.0, -4.02, .95, .9, .2)[4:])
 
-# %% ../../nbs/lib/23_shapes.ipynb #7767a923
+# %% ../../nbs/lib/23_shapes.ipynb #c3a10cf1
 def limb(
     *joints: tuple, # points from the trunk outwards
     radius: float, # at the trunk; thinner further out
@@ -257,6 +269,7 @@ def limb(
     "An arm or a leg through its joints"
     return np.concatenate([tube(a, b, radius * .9**i, radius * .9**(i + 1), sides=6) for i, (a, b) in enumerate(zip(joints, joints[1:]))])
 
+# %% ../../nbs/lib/23_shapes.ipynb #f4686fe2
 def head(
     at: tuple, # centre, metres
     helmet: bool = False,
@@ -267,6 +280,7 @@ def head(
     hat = ball((x - .02, y, z + .05), (.14, .13, .13) if helmet else (.12, .11, .11), 8, 4)
     return [('skin', ball((x + .02, y, z), (.105, .09, .13), 8, 4), part), ('second' if helmet else 'hair', hat, part)]
 
+# %% ../../nbs/lib/23_shapes.ipynb #84b8415e
 def pedestrian(
     variant: int = 0, # 0-3: phase of the gait; + 4: with a bag; + 8: with a long coat
 ) -> Model:
@@ -302,7 +316,7 @@ def rider(
     torso = tube((x, 0, z - .02), (shoulder[0], 0, shoulder[1]), .16, .2, sides=8)
     return pieces + [('shirt', torso, RIDER), *head((shoulder[0] + .1, 0, shoulder[1] + .17), helmet, RIDER)]
 
-# %% ../../nbs/lib/23_shapes.ipynb #23cfe0a9
+# %% ../../nbs/lib/23_shapes.ipynb #ce55a4c6
 def bicycle_pieces() -> list[tuple]:
     "A bicycle of 1.75 x 0.6 x 1.1 m"
     bars = [((-.15, 0, .32), (-.28, 0, .88)), ((-.15, 0, .32), (.42, 0, .78)), ((-.26, 0, .78), (.4, 0, .82)), ((-.15, 0, .32), (-.54, 0, .34)), ((-.27, 0, .78), (-.54, 0, .34)), ((.38, 0, 1.0), (.54, 0, .34))]
@@ -311,6 +325,12 @@ def bicycle_pieces() -> list[tuple]:
              ('metal', tube((-.15, -.06, .32), (-.15, .06, .32), .1, sides=8)), ('taillight', block((-.6, -.55), (-.03, .03), (.66, .72))), ('headlight', block((.44, .5), (-.04, .04), (.86, .94)))]
     return [*rims, *[('body', tube(a, b, .028, sides=4)) for a, b in bars], *extra]
 
+# %% ../../nbs/lib/23_shapes.ipynb #c6836396
+def bicycle(variant: int = 0) -> Model:
+    "A bicycle nobody sits on"
+    return model_of(*bicycle_pieces(), ('metal', tube((-.15, .04, .3), (-.22, .2, .02), .025, sides=4)))
+
+# %% ../../nbs/lib/23_shapes.ipynb #767ddd7e
 def motorcycle_pieces() -> list[tuple]:
     "A motorcycle of 2.1 x 0.8 x 1.2 m"
     wheel = lambda x: [('tyre', ring((x, 0, .33), .33, .13, .16)), ('metal', tube((x, -.05, .33), (x, .05, .33), .2, sides=8))]
@@ -320,26 +340,24 @@ def motorcycle_pieces() -> list[tuple]:
     bar = [('dark', tube((.42, -.38, 1.08), (.42, .38, 1.08), .035)), ('headlight', block((.84, .97), (-.12, .12), (.84, 1.0))), ('taillight', block((-1.03, -.96), (-.1, .1), (.68, .77)))]
     return wheel(-.7) + wheel(.78) + body + rods + bar
 
-# %% ../../nbs/lib/23_shapes.ipynb #41223125
-def bicycle(variant: int = 0) -> Model:
-    "A bicycle nobody sits on"
-    return model_of(*bicycle_pieces(), ('metal', tube((-.15, .04, .3), (-.22, .2, .02), .025, sides=4)))
+# %% ../../nbs/lib/23_shapes.ipynb #5c8f6caa
+def motorcycle(variant: int = 0) -> Model:
+    "A parked motorcycle"
+    return model_of(*motorcycle_pieces(), ('metal', tube((-.1, .1, .35), (-.15, .32, .02), .03, sides=4)))
 
+# %% ../../nbs/lib/23_shapes.ipynb #e6928b03
 def cyclist(
     variant: int = 0, # odd: with a helmet
 ) -> Model:
     "Bicycle and rider, 1.75 x 0.6 x 1.75 m"
     return model_of(*bicycle_pieces(), *rider((-.27, 0, .98), (.36, .25, 1.06), (-.1, .1, .33), .28, variant % 2 == 1))
 
-def motorcycle(variant: int = 0) -> Model:
-    "A parked motorcycle"
-    return model_of(*motorcycle_pieces(), ('metal', tube((-.1, .1, .35), (-.15, .32, .02), .03, sides=4)))
-
+# %% ../../nbs/lib/23_shapes.ipynb #2f20eb5c
 def motorcyclist(variant: int = 0) -> Model:
     "Motorcycle and rider, 2.1 x 0.8 x 1.7 m"
     return model_of(*motorcycle_pieces(), *rider((-.35, 0, .9), (.42, .34, 1.1), (-.05, .24, .36), .22, True))
 
-# %% ../../nbs/lib/23_shapes.ipynb #0c8dc8c5
+# %% ../../nbs/lib/23_shapes.ipynb #4e22c0e6
 def traffic_light(
     variant: int = 0, # 0 red, 1 amber, 2 green; + 3: hung from an arm
 ) -> Model:
@@ -353,6 +371,7 @@ def traffic_light(
            [('pole', tube((-.2, 0, -2.3), (-.2, 0, .9), .07), FIXTURE)]
     return model_of(('dark', block((-.12, .1), (-.19, .19), (.03, 1.08))), ('second', block((-.16, -.12), (-.23, .23), (0, 1.12))), *lamps, *hoods, *pole)
 
+# %% ../../nbs/lib/23_shapes.ipynb #3ee2954d
 LETTERS = dict(S=((0, 4, 3, 1), (0, 2, 3, 1), (0, 0, 3, 1), (0, 2, 1, 3), (2, 0, 1, 3)), T=((0, 4, 3, 1), (1, 0, 1, 5)),
                O=((0, 0, 1, 5), (2, 0, 1, 5), (0, 0, 3, 1), (0, 4, 3, 1)), P=((0, 0, 1, 5), (0, 4, 3, 1), (0, 2, 3, 1), (2, 2, 1, 3)))
 
@@ -366,16 +385,18 @@ def stop_sign(variant: int = 0) -> Model:
     octagon = lambda slot, x0, x1, r: (slot, tube((x0, 0, .42), (x1, 0, .42), r, sides=8))
     return model_of(octagon('metal', -.02, .0, .45), octagon('white', .0, .018, .455), octagon('red', .018, .03, .415), *letters, ('pole', tube((-.06, 0, -1.75), (-.06, 0, .8), .045), FIXTURE))
 
-# %% ../../nbs/lib/23_shapes.ipynb #b821dc08
+# %% ../../nbs/lib/23_shapes.ipynb #82206d40
 def traffic_cone(variant: int = 0) -> Model:
     "A cone of 0.4 x 0.4 x 0.75 m"
     return model_of(('dark', block((-.2, .2), (-.2, .2), (0, .06))), ('orange', tube((0, 0, .06), (0, 0, .75), .16, .03, sides=8)), ('white', tube((0, 0, .34), (0, 0, .52), .115, .09, sides=8)))
 
+# %% ../../nbs/lib/23_shapes.ipynb #7ddad7d3
 def barrier(variant: int = 0) -> Model:
     "A striped board on feet, 0.5 x 2.0 x 1.0 m; its long side lies across"
     stripes = [('red' if i % 2 else 'white', block((-.04, .04), (-1 + .25 * i, -.75 + .25 * i), (.6, 1.0))) for i in range(8)]
     return model_of(*stripes, *[('dark', block((-.25, .25), (s - .06, s + .06), (0, .1))) for s in (-.8, .8)], *[('metal', block((-.03, .03), (s - .04, s + .04), (.1, .6))) for s in (-.8, .8)])
 
+# %% ../../nbs/lib/23_shapes.ipynb #6530bd62
 def tree(
     variant: int = 0, # two shapes of crown
 ) -> Model:
@@ -383,19 +404,21 @@ def tree(
     crown = [((0, 0, 4.9), (1.9, 1.8, 2.1)), ((.7, .5, 4.1), (1.3, 1.4, 1.2)), ((-.8, -.4, 4.2), (1.2, 1.3, 1.3))] if variant % 2 else [((0, 0, 4.6), (1.5, 1.5, 2.4))]
     return model_of(('wood', tube((0, 0, 0), (0, 0, 3.4), .17, .12), FIXTURE), *[('leaf', ball(c, r, 10, 6), FIXTURE) for c, r in crown])
 
+# %% ../../nbs/lib/23_shapes.ipynb #f696105a
 def lamp_post(variant: int = 0) -> Model:
     "A street lamp, 7 m high; the lamp hangs over its +x"
     return model_of(('pole', tube((0, 0, 0), (0, 0, 7), .09, .06), FIXTURE), ('pole', tube((0, 0, 6.9), (1.6, 0, 7.1), .05, sides=4), FIXTURE), ('lamp', block((1.1, 1.8), (-.14, .14), (6.95, 7.07)), FIXTURE))
 
+# %% ../../nbs/lib/23_shapes.ipynb #30d4c4dd
 def building(variant: int = 0) -> Model:
     "A unit block; its windows are painted by the renderer"
     return model_of(('wall', block((-.5, .5), (-.5, .5), (0, 1)), FIXTURE))
 
-# %% ../../nbs/lib/23_shapes.ipynb #6a3b0284
+# %% ../../nbs/lib/23_shapes.ipynb #763e02b4
 MODELS = dict(car=car, van=van, bus=bus, truck=truck, trailer=trailer, pedestrian=pedestrian, bicycle=bicycle, cyclist=cyclist, motorcycle=motorcycle,
     motorcyclist=motorcyclist, traffic_light=traffic_light, stop_sign=stop_sign, traffic_cone=traffic_cone, barrier=barrier, tree=tree, lamp_post=lamp_post, building=building)
 
-@lru_cache(maxsize=None)
+@cache
 def model(
     kind: str, # a key of MODELS
     variant: int = 0,

@@ -15,7 +15,7 @@ import numpy as np
 from ..params import UserError
 from .shapes import turn
 
-# %% ../../nbs/lib/25_world.ipynb #9c7fbee8
+# %% ../../nbs/lib/25_world.ipynb #9eae952f
 @dataclass(frozen=True)
 class Kind:
     "One row of the table of kinds"
@@ -27,8 +27,8 @@ class Kind:
     variants: int = 1
     jitter: float = .06 # relative spread of the size
 
+# %% ../../nbs/lib/25_world.ipynb #6e4f8bab
 def _vehicle(size, speed, coco, dair, nuscenes, variants): return Kind(size, speed, coco, dair, nuscenes, variants)
-
 KINDS = dict(
     car=_vehicle((4.4, 1.8, 1.5), (0, 14), 'car', 'Car', 'vehicle.car', 3),
     van=_vehicle((5.2, 2.0, 2.1), (0, 13), 'car', 'Van', 'vehicle.car', 2),
@@ -46,13 +46,14 @@ KINDS = dict(
     barrier=Kind((.5, 2., 1.), (0, 0), '', '', 'movable_object.barrier'),
     tree=Kind((4, 4, 7), (0, 0), variants=2, jitter=.25), lamp_post=Kind((2, .3, 7), (0, 0), jitter=0), building=Kind((1, 1, 1), (0, 0), jitter=0))
 
-# %% ../../nbs/lib/25_world.ipynb #47cb3c47
+# %% ../../nbs/lib/25_world.ipynb #2821ea14
 def generator(
     *key: int, # what makes this stream different from others
 ) -> np.random.Generator:
     "A random generator that is the same on every machine"
     return np.random.Generator(np.random.PCG64(list(key)))
 
+# %% ../../nbs/lib/25_world.ipynb #ca2fb6aa
 def between(
     rng: np.random.Generator,
     low: float,
@@ -61,6 +62,7 @@ def between(
     "A number drawn evenly from low to high"
     return low + (high - low) * rng.random()
 
+# %% ../../nbs/lib/25_world.ipynb #0ea08afd
 def pick(
     rng: np.random.Generator,
     options, # a sequence
@@ -88,7 +90,7 @@ class Thing:
     paint: tuple = () # pairs (palette slot, (r, g, b))
     group: int = 0 # things of one group (> 0) stand too dense to be told apart
 
-# %% ../../nbs/lib/25_world.ipynb #180dd931
+# %% ../../nbs/lib/25_world.ipynb #12412800
 CAR_PAINT = ((196, 30, 34), (28, 74, 168), (236, 236, 232), (30, 32, 36), (150, 154, 160), (22, 110, 78), (232, 180, 40), (108, 36, 52), (70, 140, 190), (214, 98, 30))
 CLOTHES = ((200, 50, 60), (40, 90, 180), (240, 210, 70), (60, 140, 90), (235, 235, 235), (40, 40, 48), (150, 70, 150), (240, 130, 50), (110, 180, 210), (120, 90, 60))
 TROUSERS = ((46, 52, 76), (30, 30, 34), (112, 96, 74), (70, 90, 130), (150, 146, 138), (84, 40, 44))
@@ -99,6 +101,7 @@ FOLIAGE = ((72, 108, 48), (92, 122, 52), (58, 94, 56), (126, 118, 48))
 HEAVY = ((224, 224, 220), (200, 204, 208), (60, 110, 170), (226, 178, 60), (190, 60, 50), (80, 130, 90))
 BUSES = ((226, 186, 40), (190, 36, 40), (36, 110, 176), (40, 136, 96), (240, 240, 236))
 
+# %% ../../nbs/lib/25_world.ipynb #6486a54e
 def paint(
     rng: np.random.Generator,
     kind: str,
@@ -112,7 +115,7 @@ def paint(
     if kind == 'traffic_light': dress = [('second', pick(rng, ((236, 190, 40), (40, 44, 44), (30, 70, 54))))]
     return ((slot, pick(rng, coat)), *dress)
 
-# %% ../../nbs/lib/25_world.ipynb #284f66f4
+# %% ../../nbs/lib/25_world.ipynb #769f6a39
 def lift(
     kind: str,
     variant: int = 0,
@@ -121,6 +124,7 @@ def lift(
     if kind == 'stop_sign': return 1.75
     return (4.2 if variant % 6 >= 3 else 2.3) if kind == 'traffic_light' else 0.
 
+# %% ../../nbs/lib/25_world.ipynb #df230aeb
 def make_thing(
     rng: np.random.Generator,
     id: int, # 0 for scenery
@@ -148,7 +152,7 @@ def corners(
     return np.array([(thing.centre[0] + c * a * l / 2 - s * b * w / 2, thing.centre[1] + s * a * l / 2 + c * b * w / 2, thing.centre[2] + up * h / 2)
                      for up in (-1, 1) for a, b in ((1, 1), (1, -1), (-1, -1), (-1, 1))])
 
-# %% ../../nbs/lib/25_world.ipynb #417ca30a
+# %% ../../nbs/lib/25_world.ipynb #d3d68759
 def discs(
     thing: Thing,
 ) -> np.ndarray: # (n, 3) x, y, radius; metres
@@ -160,6 +164,7 @@ def discs(
     along = [(i + .5) / n * l - l / 2 for i in range(n)]
     return np.array([(thing.centre[0] + c * a, thing.centre[1] + s * a, w / 2) for a in along])
 
+# %% ../../nbs/lib/25_world.ipynb #faed1078
 def is_clear(
     thing: Thing,
     others: list[Thing],
@@ -171,7 +176,7 @@ def is_clear(
     dx, dy, reach = a[..., 0] - b[..., 0], a[..., 1] - b[..., 1], a[..., 2] + b[..., 2] + gap
     return not (dx * dx + dy * dy < reach * reach).any()
 
-# %% ../../nbs/lib/25_world.ipynb #ba3bb1a1
+# %% ../../nbs/lib/25_world.ipynb #83c899d4
 @dataclass(frozen=True)
 class Weather:
     "What a condition does"
@@ -188,13 +193,14 @@ class Weather:
     lidar_range: float = 70. # metres
     lidar_dropout: float = .02 # share of returns that are lost
 
+# %% ../../nbs/lib/25_world.ipynb #f19c9bfc
 CONDITIONS = dict(
     day=Weather(.70, .62, (92, 146, 214), (208, 222, 234), .0018, 2., 1.06, 1.1),
     night=Weather(.0, .20, (10, 13, 26), (32, 33, 46), .002, 5., 1., .9, night=True),
     rain=Weather(.06, .76, (120, 128, 138), (160, 166, 172), .010, 3.5, .9, .75, wet=.5, lidar_range=50., lidar_dropout=.15),
     fog=Weather(.04, .90, (204, 208, 212), (212, 216, 219), .042, 2.5, .92, .8, wet=.08, lidar_range=30., lidar_dropout=.3))
 
-# %% ../../nbs/lib/25_world.ipynb #47e2ef08
+# %% ../../nbs/lib/25_world.ipynb #4987aae6
 @dataclass(frozen=True)
 class Road:
     "The ground plan"
@@ -208,6 +214,7 @@ class Road:
     @property
     def half(self) -> float: return self.lanes * self.lane
 
+# %% ../../nbs/lib/25_world.ipynb #ca9b674b
 @dataclass(frozen=True)
 class Scene:
     "A world at one moment"
@@ -221,19 +228,20 @@ class Scene:
     @property
     def weather(self) -> Weather: return CONDITIONS[self.condition]
 
-# %% ../../nbs/lib/25_world.ipynb #d4a1aed8
+# %% ../../nbs/lib/25_world.ipynb #b0814512
 def make_road(rng: np.random.Generator) -> Road:
     "A ground plan"
     crossing = between(rng, 10, 32) if rng.random() < .65 else None
     near = crossing - 9.5 if crossing is not None else between(rng, 8, 30)
     return Road(1 + int(rng.integers(2)), crossing=crossing, zebra=near if rng.random() < .6 else None)
 
+# %% ../../nbs/lib/25_world.ipynb #ce7b0dba
 def sunlight(rng: np.random.Generator) -> tuple:
     "A direction towards the sun, 25 to 60 degrees high"
     (c, s), (high, up) = turn(between(rng, 0, 2 * math.pi)), turn(between(rng, .45, 1.05))
     return c * high, s * high, up
 
-# %% ../../nbs/lib/25_world.ipynb #c2a47e7d
+# %% ../../nbs/lib/25_world.ipynb #693248e0
 def houses(
     rng: np.random.Generator,
     road: Road,
@@ -253,6 +261,7 @@ def houses(
     end = [make_thing(rng, 0, 'building', stop + 12., y, 0., (10., 17., between(rng, 10, 26))) for y in (-36., -18., 0., 18., 36.)]
     return row + end
 
+# %% ../../nbs/lib/25_world.ipynb #c74be466
 def greenery(
     rng: np.random.Generator,
     road: Road,
@@ -279,10 +288,11 @@ def street(
     road, sun = make_road(rng), sunlight(rng)
     return Scene(condition, road, sun, tuple(houses(rng, road, start, stop) + greenery(rng, road, start, stop)))
 
-# %% ../../nbs/lib/25_world.ipynb #2391e7c6
+# %% ../../nbs/lib/25_world.ipynb #dd86b4f3
 ON_WHEELS = ('car', 'van', 'bus', 'truck', 'trailer', 'motorcyclist', 'cyclist')
 PARKED = ('bicycle', 'motorcycle')
 
+# %% ../../nbs/lib/25_world.ipynb #1cbdc67b
 def lane_spots(
     rng: np.random.Generator,
     road: Road,
@@ -299,7 +309,7 @@ def lane_spots(
     far = (rng.random(n) - .5) * 2 * (road.half + 7)
     return np.where(across[:, None], np.stack([road.crossing + side * 2.4, far, np.where(side > 0, math.pi / 2, -math.pi / 2) + .12 * turned], 1), np.stack([x, y, yaw], 1))
 
-# %% ../../nbs/lib/25_world.ipynb #20256b5f
+# %% ../../nbs/lib/25_world.ipynb #a32c3076
 def foot_spots(
     rng: np.random.Generator,
     road: Road,
@@ -313,6 +323,7 @@ def foot_spots(
     zebra = np.stack([road.zebra + .4 + 2.2 * rng.random(n), (2 * along - 1) * road.half, side * math.pi / 2], 1)
     return np.where((rng.random(n) < .4)[:, None], zebra, pavement)
 
+# %% ../../nbs/lib/25_world.ipynb #4935786f
 def kerb_spots(
     rng: np.random.Generator,
     road: Road,
