@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# %% ../nbs/lib/05_boxes.ipynb #378bfbf8
+# %% ../nbs/lib/05_boxes.ipynb #615e1d4f
 def cxcywh_to_xyxy(
     boxes: Tensor # (..., 4) centre x, centre y, width, height
 ) -> Tensor: # (..., 4) left, top, right, bottom
@@ -20,6 +20,7 @@ def cxcywh_to_xyxy(
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
+# %% ../nbs/lib/05_boxes.ipynb #c7b9ed01
 def xyxy_to_cxcywh(
     boxes: Tensor # (..., 4) left, top, right, bottom
 ) -> Tensor: # (..., 4) centre x, centre y, width, height
@@ -27,20 +28,21 @@ def xyxy_to_cxcywh(
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
 
-# %% ../nbs/lib/05_boxes.ipynb #6984a8e5
+# %% ../nbs/lib/05_boxes.ipynb #2a394d5f
 def xywh_to_xyxy(
     boxes: Tensor # (..., 4) left, top, width, height (COCO)
 ) -> Tensor: # (..., 4) left, top, right, bottom
     "From the format of COCO files to corners."
     return torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1)
 
+# %% ../nbs/lib/05_boxes.ipynb #d1d203e7
 def xyxy_to_xywh(
     boxes: Tensor # (..., 4) left, top, right, bottom
 ) -> Tensor: # (..., 4) left, top, width, height (COCO)
     "From corners to the format of COCO files."
     return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], -1)
 
-# %% ../nbs/lib/05_boxes.ipynb #abde781e
+# %% ../nbs/lib/05_boxes.ipynb #571b395e
 def box_area(
     boxes: Tensor # (..., 4) xyxy
 ) -> Tensor: # (...) area in square pixels, never negative
@@ -48,15 +50,20 @@ def box_area(
     size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     return size[..., 0] * size[..., 1]
 
+# %% ../nbs/lib/05_boxes.ipynb #bad440c8
 def _intersection(a, b):
     "Shared area of two broadcastable sets of xyxy boxes."
-    return box_area(torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], -1))
+    (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
+    width = torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)
+    height = torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)
+    return width.clamp(min=0) * height.clamp(min=0)
 
-# %% ../nbs/lib/05_boxes.ipynb #00058c74
+# %% ../nbs/lib/05_boxes.ipynb #d8be3d2f
 def _ratio(part, whole):
     "Division in which anything over zero is zero."
     return part / torch.where(whole > 0, whole, torch.ones_like(whole))
 
+# %% ../nbs/lib/05_boxes.ipynb #7bbfaf19
 def box_iou(
     a: Tensor, # (n, 4) xyxy
     b: Tensor # (m, 4) xyxy
@@ -66,7 +73,7 @@ def box_iou(
     shared = _intersection(a, b)
     return _ratio(shared, box_area(a) + box_area(b) - shared)
 
-# %% ../nbs/lib/05_boxes.ipynb #5650eb25
+# %% ../nbs/lib/05_boxes.ipynb #aa7fe490
 def aligned_iou(
     a: Tensor, # (..., 4) xyxy
     b: Tensor # (..., 4) xyxy
@@ -75,6 +82,7 @@ def aligned_iou(
     shared = _intersection(a, b)
     return _ratio(shared, box_area(a) + box_area(b) - shared)
 
+# %% ../nbs/lib/05_boxes.ipynb #3fc46616
 def aligned_giou(
     a: Tensor, # (..., 4) xyxy
     b: Tensor # (..., 4) xyxy
@@ -85,12 +93,13 @@ def aligned_giou(
     around = box_area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1))
     return _ratio(shared, union) - _ratio(around - union, around)
 
-# %% ../nbs/lib/05_boxes.ipynb #6f3ca98b
+# %% ../nbs/lib/05_boxes.ipynb #5d3b4b55
 def _shape_term(a_size, b_size, eps):
     "CIoU's v: how much the two aspect ratios differ, 0..1, from sizes (..., 2)."
     angle = torch.atan(a_size[..., 0] / (a_size[..., 1] + eps)) - torch.atan(b_size[..., 0] / (b_size[..., 1] + eps))
     return 4 / math.pi ** 2 * angle ** 2
 
+# %% ../nbs/lib/05_boxes.ipynb #fe0f8fd1
 def aligned_ciou(
     a: Tensor, # (..., 4) xyxy
     b: Tensor, # (..., 4) xyxy
@@ -117,11 +126,12 @@ def _settle(
         if torch.equal(settled, kept): return kept
         kept = settled
 
-# %% ../nbs/lib/05_boxes.ipynb #b04f1d73
+# %% ../nbs/lib/05_boxes.ipynb #c15c861e
 def _strikes(boxes, labels, others, other_labels, iou_thr):
     "(n, m) bool: which of `boxes` would strike which of `others`."
     return (box_iou(boxes, others) > iou_thr) & (labels[:, None] == other_labels[None])
 
+# %% ../nbs/lib/05_boxes.ipynb #7c399d80
 def nms(
     boxes: Tensor, # (n, 4) xyxy
     scores: Tensor, # (n,)

@@ -36,7 +36,7 @@ def _replace(path: Path, content: bytes) -> None:
     finally:
         os.close(descriptor)
 
-# %% ../nbs/lib/38_checkpoint.ipynb #18c05637
+# %% ../nbs/lib/38_checkpoint.ipynb #f579e981
 def write_bytes(
     path: str | Path,  # created or replaced; its folder is made
     content: bytes,  # the whole file
@@ -49,8 +49,8 @@ def write_bytes(
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.exists() else 0
-            need = len(content) / 2**20
-            raise UserError(f"{path}: no space for {need:.1f} MiB ({free:.1f} MiB free); make room and run again, nothing was lost") from None
+            need = f"{len(content) / 2**20:.1f} MiB ({free:.1f} MiB free)"
+            raise UserError(f"{path}: no space for {need}; make room and run again, nothing was lost") from None
         raise UserError(f"{path}: cannot be written ({e.strerror}); check the folder's permissions or choose another folder") from None
 
 # %% ../nbs/lib/38_checkpoint.ipynb #20e3a436
@@ -61,13 +61,13 @@ def write_json(
     "Write sorted, indented JSON atomically."
     write_bytes(path, (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
 
-# %% ../nbs/lib/38_checkpoint.ipynb #fff68106
+# %% ../nbs/lib/38_checkpoint.ipynb #24d9d8dd
 def write_records(
     path: str | Path,  # created or replaced
     groups: dict[str, list[dict]],  # lists of flat records by name
 ) -> None:
     "Write lists of records as JSON atomically, one record a line."
-    line = lambda record: json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)  # noqa: E731
+    line = lambda record: json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
     parts = [f"{json.dumps(name)}: [\n" + ",\n".join(map(line, records)) + "]" for name, records in sorted(groups.items())]
     write_bytes(path, ("{" + ",\n".join(parts) + "}\n").encode())
 

@@ -72,17 +72,17 @@ def notebook_imports(
     lines = [line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!"))]
     return imported_modules("\n".join(lines), "", modules)
 
-# %% ../nbs/lib/61_closure.ipynb #666f22b7
+# %% ../nbs/lib/61_closure.ipynb #73e2c84a
 def stage_closures(
     root: Path = Path("."),  # the checkout
-) -> dict[str, list[str]]:  # 'train/<detector>' or 'analysis/<notebook>' -> module names
+) -> dict[str, list[str]]:  # 'train/<detector>', 'analysis/<notebook>', 'tour' -> module names
     "The import closure of every kind of stage."
     modules = package_modules(root)
     trainer = notebook_imports(Path(root) / "nbs/pipeline/train.ipynb", modules)
     stages = {f"train/{name}": closure(trainer | {target.split(":")[0]}, modules) for name, target in REGISTRY.items()}
-    for notebook in sorted((Path(root) / "nbs/analysis").glob("*.ipynb")):
-        stages[f"analysis/{notebook.stem}"] = closure(notebook_imports(notebook, modules), modules)
-    return stages
+    readers = {f"analysis/{notebook.stem}": notebook for notebook in sorted((Path(root) / "nbs/analysis").glob("*.ipynb"))}
+    readers["tour"] = Path(root) / "nbs/00_tour.ipynb"
+    return stages | {stage: closure(notebook_imports(notebook, modules), modules) for stage, notebook in readers.items()}
 
 # %% ../nbs/lib/61_closure.ipynb #b409c9d1
 def closure_text(

@@ -6,7 +6,7 @@
 __all__ = ['AREAS', 'SUMMARY', 'Result', 'quiet', 'load_ground_truth', 'match', 'summary_number', 'only_images', 'evaluate_coco',
            'coco_results', 'predict']
 
-# %% ../nbs/lib/41_evaluate.ipynb #d2216567
+# %% ../nbs/lib/41_evaluate.ipynb #1a869df8
 import contextlib
 import copy
 import io
@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +38,14 @@ class Result:
         "The metrics as they are written to `metrics.json`."
         return {k: round(float(v), digits) for k, v in sorted(self.metrics.items())}
 
-# %% ../nbs/lib/41_evaluate.ipynb #45433694
+# %% ../nbs/lib/41_evaluate.ipynb #79d6807d
 def quiet() -> contextlib.AbstractContextManager:
     "pycocotools prints; this swallows it."
     return contextlib.redirect_stdout(io.StringIO())
+
+
+def _complete(annotation: dict) -> dict:
+    return {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
 
 
 def load_ground_truth(
@@ -55,19 +58,20 @@ def load_ground_truth(
     data = json.loads(Path(source).read_bytes()) if isinstance(source, (str, Path)) else copy.deepcopy(source)
     wanted = {i["id"] for i in data["images"]} if image_ids is None else set(image_ids)
     data["images"] = [i for i in data["images"] if i["id"] in wanted]
-    data["annotations"] = [dict(dict(iscrowd=0, area=a["bbox"][2] * a["bbox"][3]), **a) for a in data["annotations"] if a["image_id"] in wanted]
+    data["annotations"] = [_complete(a) for a in data["annotations"] if a["image_id"] in wanted]
     truth = COCO()
     truth.dataset = data
     with quiet():
         truth.createIndex()
     return truth
 
-# %% ../nbs/lib/41_evaluate.ipynb #5e6357a3
+# %% ../nbs/lib/41_evaluate.ipynb #fff94c22
 def _with_results(truth: COCO, results: list[dict]) -> COCO:
     "The detections in pycocotools' form; also when there are none."
     unknown = {r["image_id"] for r in results} - set(truth.imgs)
     if unknown:
-        raise UserError(f"results: image_id {min(unknown)} is not in the ground truth ({len(unknown)} such images); are they of another split?")
+        count = f"{len(unknown)} such images"
+        raise UserError(f"results: image_id {min(unknown)} is not in the ground truth ({count}); are they of another split?")
     if results:
         with quiet():
             return truth.loadRes(copy.deepcopy(results))
@@ -77,22 +81,25 @@ def _with_results(truth: COCO, results: list[dict]) -> COCO:
 def match(
     truth: COCO,  # ground truth
     results: list[dict],  # COCO results: image_id, category_id, bbox, score
-) -> COCOeval:
+    by_area: bool = True,  # also for small, medium and large objects; takes four times as long
+) -> COCOeval:  # accumulated
     "Match detections with ground truth at all IoU thresholds and area ranges."
     judge = COCOeval(truth, _with_results(truth, results), "bbox")
+    if not by_area:
+        judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], judge.params.areaRngLbl[:1]
     with quiet():
         judge.evaluate()
         judge.accumulate()
     return judge
 
-# %% ../nbs/lib/41_evaluate.ipynb #438f7791
+# %% ../nbs/lib/41_evaluate.ipynb #56f42b91
 AREAS = dict(all=0, s=1, m=2, l=3)  # up to 32² pixels, up to 96², larger
 SUMMARY = {  # name: (quantity, IoU threshold or None for .5:.95, area, position in maxDets 1, 10, 100)
     "AP": ("precision", None, "all", 2), "AP50": ("precision", 0.5, "all", 2), "AP75": ("precision", 0.75, "all", 2),
     "APs": ("precision", None, "s", 2), "APm": ("precision", None, "m", 2), "APl": ("precision", None, "l", 2),
     "AR1": ("recall", None, "all", 0), "AR10": ("recall", None, "all", 1), "AR100": ("recall", None, "all", 2),
     "ARs": ("recall", None, "s", 2), "ARm": ("recall", None, "m", 2), "ARl": ("recall", None, "l", 2),
-}  # fmt: skip
+}
 
 
 def summary_number(
@@ -125,7 +132,7 @@ def only_images(
         part.accumulate()
     return part
 
-# %% ../nbs/lib/41_evaluate.ipynb #bd122465
+# %% ../nbs/lib/41_evaluate.ipynb #496afcea
 def _summary(judge: COCOeval, names: Iterable[str], suffix: str = "", category: int | slice = slice(None)) -> dict[str, float]:
     values = {f"{name}{suffix}": summary_number(judge, name, category) for name in names}
     return {k: v for k, v in values.items() if v is not None}
@@ -146,12 +153,12 @@ def evaluate_coco(
     results: list[dict],  # COCO results: image_id, category_id, bbox x, y, width, height, score
     conditions: dict[int, str] | None = None,  # weather or light by image id
     image_ids: Iterable[int] | None = None,  # judge only these images
-    detail: bool = True,  # by class and condition, with curves
+    detail: bool = True,  # by size, class and condition, with curves
 ) -> Result:
     "COCO's metrics by pycocotools. `UserError` for results of unknown images."
     truth = load_ground_truth(ground_truth, image_ids)
-    judge = match(truth, results)
-    metrics = _summary(judge, SUMMARY)
+    judge = match(truth, results, by_area=detail)
+    metrics = _summary(judge, [name for name, (_, _, area, _) in SUMMARY.items() if detail or area == "all"])
     counts = dict(images=len(truth.imgs), objects=sum(not a["iscrowd"] for a in truth.anns.values()), detections=len(results))
     if not detail:
         return Result(metrics, counts=counts)

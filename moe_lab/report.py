@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'PALETTE', 'CONDITION_COLOURS', 'SIZES', 'set_style', 'si', 'ap', 'percent', 'listed', 'plural', 'say', 'table',
            'run_file', 'read_json', 'Run', 'load_run', 'load_runs', 'group', 'ranked', 'first', 'last', 'summary',
-           'plot_losses', 'plot_scores', 'plot_history', 'plot_bars', 'hexadecimal', 'plot_where',
-           'plot_precision_recall', 'plot_calibration', 'load_bench', 'bench_markdown']
+           'loss_terms', 'plot_losses', 'plot_scores', 'plot_history', 'plot_bars', 'hexadecimal', 'plot_where',
+           'plot_precision_recall', 'plot_calibration', 'load_bench', 'machine', 'timings']
 
 # %% ../nbs/lib/50_report.ipynb #40c737ae
 import json
@@ -40,7 +40,7 @@ def _ink() -> dict[str, Any]:  # matplotlib settings
     clear = ["figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"]
     return {**dict.fromkeys(inked, INK), **dict.fromkeys(clear, "none"), "grid.color": INK, "legend.edgecolor": "none"}
 
-# %% ../nbs/lib/50_report.ipynb #8241cf32
+# %% ../nbs/lib/50_report.ipynb #e59566c8
 def set_style(
     dpi: int = 110,  # dots per inch: 110 keeps a full-width figure under 50 kB
 ) -> None:
@@ -49,7 +49,8 @@ def set_style(
     text = {"font.family": "DejaVu Sans", "axes.titlesize": 11, "axes.labelsize": 10, "axes.titlelocation": "left", "legend.fontsize": 9.5,
             "axes.titleweight": "bold", "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.frameon": False}
     lines = {"grid.alpha": 0.25, "grid.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-             "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0}
+             "axes.spines.right": False, "patch.force_edgecolor": False,
+             **{f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")}}
     sns.set_theme(context="notebook", style="ticks", palette=PALETTE, rc={**_ink(), **layout, **text, **lines})
 
 # %% ../nbs/lib/50_report.ipynb #00636587
@@ -199,14 +200,21 @@ def summary(
     scores = {f"{name} {metric}": ap(split.get(metric)) for name, split in (("val", val), ("test", test)) for metric in ("AP50", "AP")}
     return {"run": run.name, **scores, "parameters": si(model.get("parameters", float("nan"))), "FLOPs": si(model.get("flops", float("nan")))}
 
-# %% ../nbs/lib/50_report.ipynb #2f51a090
+# %% ../nbs/lib/50_report.ipynb #27150794
+def loss_terms(
+    history: pd.DataFrame,  # one row an epoch
+) -> pd.DataFrame:  # one column a term
+    "The terms of the training loss, without their sum."
+    terms = history.filter(regex="^train/").rename(columns=lambda c: c.removeprefix("train/"))
+    return terms.drop(columns="loss", errors="ignore")
+
+# %% ../nbs/lib/50_report.ipynb #73f190ab
 def plot_losses(
     history: pd.DataFrame,  # one row an epoch
     axes: Axes,  # drawn into
 ) -> None:
     "Training loss by term, logarithmic."
-    for column in [c for c in history if c.startswith("train/")]:
-        axes.plot(history["epoch"], history[column], label=column.removeprefix("train/"))
+    for name, values in loss_terms(history).items(): axes.plot(history["epoch"], values, label=name)
     axes.set(title="training loss by term", xlabel="epoch", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -295,30 +303,22 @@ def load_bench(
     "A committed record of measurements."
     return read_json(path) if Path(path).is_file() else None
 
-# %% ../nbs/lib/50_report.ipynb #4ac819e9
-def _words(value: Any) -> str:
-    "A value of a record as text: numbers with four significant digits at most, mappings as a list."
-    if isinstance(value, Mapping): return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
-    if isinstance(value, list): return ", ".join(_words(v) for v in value)
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-# %% ../nbs/lib/50_report.ipynb #97a5a1de
-def bench_markdown(
+# %% ../nbs/lib/50_report.ipynb #576403e6
+def machine(
     record: Mapping[str, Any],  # a record of measurements
-) -> list[str]:  # Markdown paragraphs
-    "A record in words and tables."
-    name = lambda key: str(key).replace("_", " ")
-    tables, rest = {}, {}
-    for key, value in record.items():
-        rows = list(value.values()) if isinstance(value, Mapping) else value
-        nested = isinstance(rows, list) and rows and all(isinstance(r, Mapping) for r in rows)
-        (tables if nested else rest)[key] = value
-    lines = [f"**{name(key)}**: {_words(value)}" for key, value in rest.items()]
-    return ["  \n".join(lines)] * bool(lines) + [f"**{name(key)}**\n\n{_record_table(value)}" for key, value in tables.items()]
+) -> str:  # 'AMD EPYC (AVX512), 2 threads'
+    "The machine on which something was measured, in words."
+    tier = record["machine"]
+    extra = f" ({tier['instructions']})" if tier.get("instructions") else ""
+    return f"{tier.get('cpu', 'unknown processor')}{extra}, {plural(int(tier.get('threads', 1)), 'thread')}"
 
-# %% ../nbs/lib/50_report.ipynb #0f3fcb8b
-def _record_table(rows: Mapping[str, Mapping] | list[Mapping]) -> str:
-    "Measurements as a table; the names of a mapping become the first column."
-    rows = [{"": key, **row} for key, row in rows.items()] if isinstance(rows, Mapping) else rows
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return table({str(c).replace("_", " "): _words(row.get(c, "–")).replace("_", " ") for c in columns} for row in rows)
+def timings(
+    record: Mapping[str, Any],  # a record of measurements
+) -> str:  # a Markdown table
+    "What was timed, how, how long it took, and how much faster that is than the first way."
+    seen, rows = set(), []
+    for entry in record["measurements"]:
+        speed_up = f"{entry['speed_up']:.1f} ×" if entry["what"] in seen else ""
+        rows.append({"what": "" if entry["what"] in seen else entry["what"], "how": entry["how"], "median": f"{entry['median_ms']:.1f} ms", "speed-up": speed_up})
+        seen.add(entry["what"])
+    return table(rows)

@@ -6,7 +6,9 @@
 __all__ = ['ADDRESS', 'notebook_parameters', 'check_parameters', 'normalise', 'run_environment', 'Progress', 'explain_failure',
            'publish', 'run_notebook', 'launch_notebook', 'displayed_markdown']
 
-# %% ../nbs/lib/60_run.ipynb #4f306847
+# %% ../nbs/lib/60_run.ipynb #3ea91467
+import ast
+import io
 import logging
 import os
 import re
@@ -25,14 +27,16 @@ from papermill.parameterize import parameterize_notebook
 
 from .params import UserError, nearest
 
-# %% ../nbs/lib/60_run.ipynb #3d6de24a
+# %% ../nbs/lib/60_run.ipynb #f2e4bd7b
 def notebook_parameters(
     notebook: Path,  # path of a notebook
-) -> dict[str, Any]:  # name -> papermill's description of it
+) -> list[str]:  # names, in order
     "Parameters that a notebook declares in its `parameters` cell. `UserError` when the notebook is missing."
     if not Path(notebook).is_file():
         raise UserError(f"{notebook}: no such notebook; run from the repository's root or give its path")
-    return papermill.inspect_notebook(str(notebook))
+    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    assignments = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+    return [target.id for node in assignments for target in node.targets]
 
 # %% ../nbs/lib/60_run.ipynb #f5581869
 def check_parameters(
@@ -91,28 +95,29 @@ def normalise(
             cell.outputs = [nbformat.from_dict(_stable_output(o)) for o in _joined_streams(cell.outputs)]
     return nb
 
-# %% ../nbs/lib/60_run.ipynb #b3c8b1c8
+# %% ../nbs/lib/60_run.ipynb #881cd46f
 def run_environment(
     root: Path,  # the checkout whose package the kernel imports
     threads: int,  # CPU threads
 ) -> dict[str, str]:  # environment variables
     "Variables that make a kernel's results reproducible."
     path = os.pathsep.join([str(Path(root).resolve()), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    look = {"MATPLOTLIBRC": str((Path(root) / "nbs" / "matplotlibrc").resolve()), "PYTHONWARNINGS": "ignore:IProgress not found"}
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1",
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1", **count}
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1", **look, **count}
 
-# %% ../nbs/lib/60_run.ipynb #c48699a8
-class Progress(logging.Handler):
-    "Shows a running notebook's printed lines, with the time since the start."
+# %% ../nbs/lib/60_run.ipynb #1a0e6626
+class Progress(io.TextIOBase):
+    "A text stream that shows each line at once, behind the time since its creation."
     def __init__(self):
-        super().__init__()
-        self.start = time.monotonic()
+        self.start, self.pending = time.monotonic(), ""
 
-    def emit(self, record):
-        lines = [line for line in record.getMessage().splitlines() if line.strip() and not line.startswith(("<IPython", "<Figure"))]
-        for line in lines:
+    def write(self, text: str) -> int:
+        *lines, self.pending = (self.pending + text).split("\n")
+        for line in filter(str.strip, lines):
             print(f"[{time.monotonic() - self.start:6.1f} s] {line}", file=sys.stderr, flush=True)
+        return len(text)
 
 # %% ../nbs/lib/60_run.ipynb #5bcab495
 def explain_failure(
@@ -125,23 +130,18 @@ def explain_failure(
     reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {last}"
     return f"{reason}\n  in {notebook}, code cell {error.exec_count}; executed up to there: {kept}; earlier results are unchanged"
 
-# %% ../nbs/lib/60_run.ipynb #74d23c4e
+# %% ../nbs/lib/60_run.ipynb #7e5b3216
 def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any], failed: Path) -> nbformat.NotebookNode:
     "Run `notebook` in its own folder, writing to `target`. On failure keep it at `failed` and raise `UserError`."
-    logger, progress = logging.getLogger("papermill"), Progress()
-    logger.addHandler(progress)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         return papermill.execute_notebook(str(notebook), str(target), dict(parameters), cwd=str(notebook.parent), kernel_name="python3",
-                                          progress_bar=False, log_output=True, request_save_on_cell_execute=False,
-                                          extra_arguments=["--log-level=ERROR"])
+                                          progress_bar=False, request_save_on_cell_execute=False, stdout_file=Progress(),
+                                          extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as e:
         failed.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(target, failed)
         raise UserError(explain_failure(e, notebook, failed)) from None
-    finally:
-        logger.removeHandler(progress)
 
 # %% ../nbs/lib/60_run.ipynb #e8021cb7
 def publish(

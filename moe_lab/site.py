@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLOURS', 'CARDS', 'CHIPS', 'NOTEBOOK', 'FOLD', 'STYLES', 'SCRIPT', 'LOGO', 'THEME', 'NOTEBOOKS', 'PAGES', 'LOADS',
            'inline', 'chips', 'headline', 'thumbnail', 'Card', 'make_card', 'cards_html', 'toctree', 'runs_table',
-           'section_page', 'hero', 'front_page', 'write_looks', 'settings', 'dress', 'write_source', 'readable',
-           'render', 'References', 'references', 'problem', 'check_site', 'replace_folder', 'Site', 'build_site']
+           'section_page', 'hero', 'front_page', 'write_looks', 'settings', 'is_opaque', 'mark_opaque', 'dress',
+           'write_source', 'readable', 'render', 'References', 'references', 'problem', 'check_site', 'replace_folder',
+           'Site', 'build_site']
 
-# %% ../nbs/lib/62_site.ipynb #33aaa715
+# %% ../nbs/lib/62_site.ipynb #aef388bf
 import base64
 import html
 import io
@@ -26,6 +27,7 @@ import nbformat
 from markdown_it import MarkdownIt
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
+from PIL import Image
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
@@ -91,7 +93,7 @@ class Card:
         body = f'<span class="body">{name}<span class="text">{inline(self.text)}</span>{chips(self.facts)}</span>'
         return f'<a class="page-card" href="{up}{self.slug}.html">{picture}{body}</a>'
 
-# %% ../nbs/lib/62_site.ipynb #a2e90478
+# %% ../nbs/lib/62_site.ipynb #250c60b3
 def make_card(
     page: Page,  # what it leads to
     nb: NotebookNode,  # as executed
@@ -103,7 +105,8 @@ def make_card(
     if page.section == "questions": text = first_sentences(first_of(nb, "text/markdown")[1]) or text
     number = re.match(r"\d*", page.source.stem).group() if inner else ""
     picture = "" if inner else thumbnail(page, nb, static)
-    return Card(page.slug, page.run or title, text, headline(runs[run]) if run in runs else {}, picture, bool(failure(nb)), number)
+    facts = headline(runs[run]) if run in runs and not failure(nb) else {}
+    return Card(page.slug, page.run or title, text, facts, picture, bool(failure(nb)), number)
 
 # %% ../nbs/lib/62_site.ipynb #eb84bf27
 def cards_html(
@@ -122,15 +125,16 @@ def toctree(
     "A hidden table of contents: it orders the navigation."
     return "\n".join(["```{toctree}", ":hidden:", ":titlesonly:", "", *entries, "```"])
 
-# %% ../nbs/lib/62_site.ipynb #c943490d
+# %% ../nbs/lib/62_site.ipynb #6c12a50c
 def runs_table(
     runs: Iterable[Run],  # finished ones
-    linked: set[str],  # runs that have a page
+    cards: Iterable[Card],  # of the runs that have a page
     folder: str = "",  # 'runs/' from the front page
 ) -> str:  # Markdown
     "The metrics of all runs."
-    name = lambda run: f"[{run.name}]({folder}{run.name}.ipynb)" if run.name in linked else run.name
-    rows = [{**summary(run), "run": name(run)} for run in runs]
+    failed = {card.title: " (failed since)" if card.failed else "" for card in cards}
+    name = lambda run: f"[{run}]({folder}{run}.ipynb){failed[run]}" if run in failed else run
+    rows = [{**summary(run), "run": name(run.name)} for run in runs]
     return table(rows) if rows else "*No run has finished yet: `dvc repro` makes them.*"
 
 # %% ../nbs/lib/62_site.ipynb #b0a749eb
@@ -186,9 +190,9 @@ html { --pst-font-size-h1: 2.1rem; --pst-font-size-h2: 1.5rem; --pst-font-size-h
 .bd-article > section > blockquote:first-of-type, .bd-article > section > blockquote:first-of-type p { color: var(--pst-color-text-muted); }
 """
 
-# %% ../nbs/lib/62_site.ipynb #dd5892c1
+# %% ../nbs/lib/62_site.ipynb #6ab6e091
 CARDS = """
-.hero .lead { font-size: 1.25rem; color: var(--pst-color-text-muted); max-width: 46rem; margin-bottom: .6rem; }
+.hero .lead { font-size: 1.25rem; font-weight: 400; color: var(--pst-color-text-muted); max-width: 46rem; margin-bottom: .6rem; }
 .hero .rerun { margin: 1rem 0 0; font-size: .92rem; color: var(--pst-color-text-muted); }
 .hero .rerun code { color: var(--pst-color-text-base); background: var(--soft); border-color: var(--line); }
 .page-cards { display: grid; gap: 1rem; margin: 1.1rem 0 1.6rem; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
@@ -228,7 +232,7 @@ CHIPS = """
   padding-left: .8rem; margin-bottom: 1.2rem; }
 """
 
-# %% ../nbs/lib/62_site.ipynb #868025d2
+# %% ../nbs/lib/62_site.ipynb #828a8070
 NOTEBOOK = """
 html[data-theme=dark] img:not(.only-dark, .dark-light) { filter: none; }
 html[data-theme=dark] .bd-content img:not(.only-dark, .dark-light), html[data-theme=dark] .bd-content div.cell_output img {
@@ -242,10 +246,12 @@ div.cell div.cell_input pre { border: 0; margin: 0; }
 .bd-content pre, div.cell pre { font-size: .82em; line-height: 1.5; }
 div.cell div.cell_output { margin-top: .5rem; }
 div.cell_output img { max-width: 100%; }
+html[data-theme=dark] .bd-content div.cell_output img.opaque { background: #fff; border-radius: .4rem; filter: brightness(.86); }
 .bd-content div.cell_output div.highlight, .bd-content div.cell_output pre { border: 0; background: none !important; padding: .2rem .9rem;
   color: var(--pst-color-text-muted); }
 .bd-content table.table { font-size: .92rem; font-variant-numeric: tabular-nums; width: auto; margin: .8rem 0 1.2rem; border: 0; }
 .bd-content table.table tr { background: none; }
+.bd-content table.table a { color: var(--pst-color-primary); }
 .bd-content table.table > :not(caption) > * > * { background: none; border: 0; border-bottom: 1px solid var(--line);
   padding: .32rem .9rem .32rem 0; box-shadow: none; color: var(--pst-color-text-base); }
 .bd-content table.table > thead > tr > th { font-weight: 500; color: var(--pst-color-text-muted); border-bottom-width: 2px; }
@@ -316,7 +322,24 @@ def settings(
     named = {"project": title, "html_title": title, "html_theme_options": theme}
     return {**named, "extensions": ["myst_nb"], "suppress_warnings": quiet, **NOTEBOOKS, **PAGES}
 
-# %% ../nbs/lib/62_site.ipynb #6c30de7f
+# %% ../nbs/lib/62_site.ipynb #8f59d0cd
+def is_opaque(
+    png: bytes,  # a PNG
+) -> bool:
+    "Whether a figure's background, that is its first pixel, is a solid light colour."
+    with Image.open(io.BytesIO(png)) as picture: red, green, blue, alpha = picture.convert("RGBA").getpixel((0, 0))
+    return alpha > 250 and min(red, green, blue) > 200
+
+def mark_opaque(
+    nb: NotebookNode,  # changed in place
+) -> NotebookNode:  # the same, cells with opaque figures marked
+    "Give opaque figures a class of their own."
+    for cell in (c for c in nb.cells if c.cell_type == "code"):
+        figures = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+        if any(is_opaque(base64.b64decode(figure)) for figure in figures): cell.metadata["mystnb"] = {"image": {"class": "opaque"}}
+    return nb
+
+# %% ../nbs/lib/62_site.ipynb #1b5d1302
 def dress(
     page: Page,  # what to show
     nb: NotebookNode,  # as executed; changed in place
@@ -325,7 +348,7 @@ def dress(
 ) -> NotebookNode:  # what Sphinx reads
     "A cleaned notebook with its notice and its provenance."
     top, end, (title, _) = notice(page, nb), provenance(page, root, run_of(page, nb)), heading(nb, page.name)
-    nb = clean(nb, root if page.shown.suffix == ".md" else page.source.parent, places)
+    nb = clean(mark_opaque(nb), root if page.shown.suffix == ".md" else page.source.parent, places)
     if page.section == "questions": nb = fold(nb)
     if page.run and nb.cells: nb.cells[0].source = re.sub(r"(?m)^# .*$", f"# {page.run}", nb.cells[0].source, count=1)
     titled = any(re.search(r"(?m)^# ", text) for text in texts(nb))
@@ -333,23 +356,23 @@ def dress(
     nb.cells = [cell for cell in (extra[0], *nb.cells[:1], extra[1], *nb.cells[1:], extra[2]) if cell.source]
     return nb
 
-# %% ../nbs/lib/62_site.ipynb #2bba0fb7
+# %% ../nbs/lib/62_site.ipynb #3107a8c0
 def write_source(
     root: Path,  # the repository
     target: Path,  # Sphinx's source folder
 ) -> tuple[str, list[Page]]:  # title of the project, its pages
     "Write everything that Sphinx reads."
     pages, runs = collect(root), {run.name: run for run in load_runs(root / "runs")}
-    read, places, linked = {p.slug: read_page(p.shown) for p in pages}, addresses(pages), {p.run for p in pages if p.run}
+    read, places = {p.slug: read_page(p.shown) for p in pages}, addresses(pages)
     cards = {s.key: [make_card(p, read[p.slug], runs, target / "_static") for p in pages if p.section == s.key] for s in SECTIONS}
     title, lead = heading(read["start/about"], "moe_lab") if "start/about" in read else ("moe_lab", "")
     write_looks(target / "_static")
     for section in SECTIONS:
         (target / section.key).mkdir()
-        text = section_page(section, cards[section.key], runs_table(runs.values(), linked))
+        text = section_page(section, cards[section.key], runs_table(runs.values(), cards["runs"]))
         (target / section.key / "index.md").write_text(text, encoding="utf-8")
     for page in pages: nbformat.write(dress(page, read[page.slug], root, places), target / f"{page.slug}.ipynb")
-    (target / "index.md").write_text(front_page(title, lead, cards, runs_table(runs.values(), linked, "runs/")), encoding="utf-8")
+    (target / "index.md").write_text(front_page(title, lead, cards, runs_table(runs.values(), cards["runs"], "runs/")), encoding="utf-8")
     return title, pages
 
 # %% ../nbs/lib/62_site.ipynb #54b0e424

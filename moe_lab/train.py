@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE', 'lr_factor', 'param_groups', 'make_optimizer', 'EMA', 'seed_step', 'check_finite', 'history_csv',
-           'epoch_line', 'loaded_sources', 'fingerprint', 'processes', 'Trainer', 'train', 'finish']
+           'epoch_line', 'process_state', 'processes', 'loaded_sources', 'fingerprint', 'Trainer', 'train', 'finish']
 
 # %% ../nbs/lib/40_train.ipynb #44c23b2d
 import contextlib
@@ -105,7 +105,7 @@ def seed_step(
     np.random.seed(value)
     torch.manual_seed(value)
 
-# %% ../nbs/lib/40_train.ipynb #dc03779b
+# %% ../nbs/lib/40_train.ipynb #f07b8580
 def check_finite(
     terms: dict[str, float],  # losses of one step by name
     run: str,  # its name
@@ -117,8 +117,8 @@ def check_finite(
     bad = next((name for name, value in terms.items() if not math.isfinite(value)), None)
     if bad is not None:
         ids = ", ".join(map(str, image_ids[:8])) + (", ..." if len(image_ids) > 8 else "")
-        others = ", ".join(f"{k} {v:.4g}" for k, v in terms.items() if k != bad)
-        raise UserError(f"runs.{run}: epoch {epoch}, step {step}: loss term {bad!r} is {terms[bad]} ({others or 'the only term'}) on images {ids}; "
+        others = ", ".join(f"{k} {v:.4g}" for k, v in terms.items() if k != bad) or "the only term"
+        raise UserError(f"runs.{run}: epoch {epoch}, step {step}: loss term {bad!r} is {terms[bad]} ({others}) on images {ids}; "
                         "try a lower train.lr, train.clip_norm: 10, a longer train.warmup_epochs, or look at these images")
 
 # %% ../nbs/lib/40_train.ipynb #b30ddc1d
@@ -143,7 +143,17 @@ def epoch_line(
     numbers += [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in row.items() if k in ("val/AP", "val/AP50")]
     return f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  " + "  ".join(numbers)
 
-# %% ../nbs/lib/40_train.ipynb #94b6b75b
+# %% ../nbs/lib/40_train.ipynb #4f14d4fe
+def process_state() -> PartialState:
+    "This process among those started together."
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def processes() -> tuple[int, int]:  # rank of this process, number of processes
+    "Rank and number of processes; alone it is (0, 1)."
+    return process_state().process_index, process_state().num_processes
+
+# %% ../nbs/lib/40_train.ipynb #38b273c4
 def _digest(parts: Iterable[bytes]) -> str:
     total = hashlib.sha256()
     for part in parts:
@@ -162,25 +172,19 @@ def fingerprint(
     files: Iterable[str | Path] = (),  # data: the annotation files
 ) -> str:  # 64 hex digits
     "A digest of everything that a run's result depends on."
-    processes = PartialState()
-    where = dict(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads(), processes=processes.num_processes,
-                 device=processes.device.type)
+    where = dict(torch=torch.__version__, numpy=np.__version__, threads=torch.get_num_threads(), processes=processes()[1],
+                 device=process_state().device.type)
     texts = [params.model_dump_json(), json.dumps(where, sort_keys=True)]
     return _digest([t.encode() for t in texts] + [Path(f).read_bytes() for f in [*loaded_sources(), *files]])
 
-# %% ../nbs/lib/40_train.ipynb #42ed6139
-def processes() -> tuple[int, int]:  # rank of this process, number of processes
-    "This process among those started by `accelerate launch`; alone it is (0, 1)."
-    return PartialState().process_index, PartialState().num_processes
-
-# %% ../nbs/lib/40_train.ipynb #9a682079
+# %% ../nbs/lib/40_train.ipynb #f417e97a
 def _accelerator(precision: str, model: torch.nn.Module) -> Accelerator:
     "A fresh accelerator; several may live one after the other in a notebook."
-    if PartialState().num_processes == 1:
+    if processes()[1] == 1:
         AcceleratorState._reset_state()
     unused = DistributedDataParallelKwargs(find_unused_parameters=getattr(model, "find_unused_parameters", False))
     try:
-        return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+        return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision, kwargs_handlers=[unused])
     except ValueError as e:
         raise UserError(f"train.precision: {precision!r} is not possible on this machine ({e}); use 'no' or 'bf16'") from None
 
@@ -286,7 +290,7 @@ def save_state(
     lists = dict(sums=list(self.sums.items()), rows=[list(row.items()) for row in self.rows])
     checkpoint.save(Path(folder) / STATE, tensors, dict(where, **lists, fingerprint=fingerprint, optimizer=rest))
 
-# %% ../nbs/lib/40_train.ipynb #5c057c3e
+# %% ../nbs/lib/40_train.ipynb #556b34e4
 @patch
 def load_state(
     self: Trainer,
@@ -303,7 +307,7 @@ def load_state(
         return f"{path.name} is damaged; starting afresh"
     if where.get("fingerprint") != fingerprint:
         return "parameters, code or data changed since the interrupted run; starting afresh"
-    part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}  # noqa: E731
+    part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
     self.model.load_state_dict(part("model/"))
     checkpoint.restore_optimizer(self.optimizer, part("optimizer/"), where["optimizer"])
     if self.ema:
@@ -313,14 +317,14 @@ def load_state(
     self.sums, self.rows = dict(where["sums"]), [dict(row) for row in where["rows"]]
     return f"going on in epoch {self.epoch + 1} after {self.batch} batches"
 
-# %% ../nbs/lib/40_train.ipynb #cb7724f4
+# %% ../nbs/lib/40_train.ipynb #dcca4cf6
 @patch
 def train_epoch(
     self: Trainer,
     save: Callable[[], None],  # writes the state
     save_seconds: float,  # between two saves within an epoch
-) -> dict[str, float]:  # seconds in total and waiting for data
-    "The rest of the current epoch, from wherever it stands."
+) -> None:
+    "The rest of the current epoch, from wherever it stands; adds its times to `seconds`."
     getattr(self.model, "on_epoch", lambda epoch, epochs: None)(self.epoch, self.params.train.epochs)
     self.wrapped.train()
     set_epoch(self.loader, self.epoch, self.batch)
@@ -333,14 +337,15 @@ def train_epoch(
             save()
             saved = time.perf_counter()
         ready = time.perf_counter()
-    return dict(epoch=self.epoch + 1, batches=self.batch - begun, seconds=time.perf_counter() - start, waiting=waited)
+    times = dict(seconds=time.perf_counter() - start, waiting=waited, evaluating=0.0)
+    self.seconds.append(dict(times, epoch=self.epoch + 1, batches=self.batch - begun))
 
-# %% ../nbs/lib/40_train.ipynb #d3e1339d
+# %% ../nbs/lib/40_train.ipynb #48d94ea7
 @patch
 def end_epoch(
     self: Trainer,
     evaluate: Callable[[torch.nn.Module, int], dict[str, float]] | None,  # numbers for the history
-) -> float:  # seconds of evaluation
+) -> None:
     "Evaluate if due, add the row, turn to the next epoch."
     p, start = self.params.train, time.perf_counter()
     means = {f"train/{name}": total / self.batch for name, total in self.sums.items()}
@@ -350,19 +355,32 @@ def end_epoch(
         row |= {f"val/{name}": value for name, value in evaluate(self.best, self.epoch).items()}
     self.rows.append(row)
     self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+    self.seconds[-1]["evaluating"] = time.perf_counter() - start
     self.log(epoch_line(row, p.epochs))
-    return time.perf_counter() - start
 
-# %% ../nbs/lib/40_train.ipynb #487f7c65
-def _timing(trainer: Trainer, evaluation: float, resumed: str) -> dict[str, Any]:
-    "What goes to `timing.json`."
-    epochs = trainer.seconds
-    total, waiting = (sum(e[k] for e in epochs) for k in ("seconds", "waiting"))
-    images = sum(e["batches"] for e in epochs) * trainer.params.train.batch_size * trainer.accelerator.num_processes
-    return dict(device=str(trainer.accelerator.device), epochs=epochs, train_seconds=total, evaluate_seconds=evaluation, resumed=resumed,
+# %% ../nbs/lib/40_train.ipynb #ebed5a87
+@patch
+def timing(self: Trainer) -> dict[str, Any]:
+    "Seconds per epoch, the share spent waiting for data, and images per second."
+    total, waiting, evaluating = (sum(e[k] for e in self.seconds) for k in ("seconds", "waiting", "evaluating"))
+    images = sum(e["batches"] for e in self.seconds) * self.params.train.batch_size * self.accelerator.num_processes
+    return dict(device=str(self.accelerator.device), epochs=self.seconds, train_seconds=total, evaluate_seconds=evaluating,
                 data_share=waiting / max(total, 1e-9), images_per_second=images / max(total, 1e-9))
 
-# %% ../nbs/lib/40_train.ipynb #7a94a6ed
+
+@patch
+def save_results(
+    self: Trainer,
+    out: str | Path,  # gets checkpoint.safetensors, history.csv and timing.json
+    metadata: dict[str, Any] | None = None,  # goes into the checkpoint's header
+) -> None:
+    "Write what the training found (main process only)."
+    if self.accelerator.is_main_process:
+        checkpoint.save(Path(out) / "checkpoint.safetensors", self.best.state_dict(), metadata)
+        checkpoint.write_bytes(Path(out) / "history.csv", history_csv(self.rows).encode())
+        checkpoint.write_json(Path(out) / "timing.json", self.timing())
+
+# %% ../nbs/lib/40_train.ipynb #3d2ce7e4
 def train(
     model: torch.nn.Module,  # any detector
     loader: DataLoader,  # made with shuffle=True
@@ -385,21 +403,17 @@ def train(
         trainer.log(f"[resume] {resumed}")
     for row in trainer.rows:
         trainer.log(epoch_line(row, params.train.epochs))
-    evaluation = 0.0
     while trainer.epoch < params.train.epochs:
-        trainer.seconds.append(trainer.train_epoch(save, save_seconds))
-        evaluation += trainer.end_epoch(evaluate)
+        trainer.train_epoch(save, save_seconds)
+        trainer.end_epoch(evaluate)
         save()
-    if trainer.accelerator.is_main_process:
-        checkpoint.save(Path(out) / "checkpoint.safetensors", trainer.best.state_dict(), metadata)
-        checkpoint.write_bytes(Path(out) / "history.csv", history_csv(trainer.rows).encode())
-        checkpoint.write_json(Path(out) / "timing.json", _timing(trainer, evaluation, resumed))
+    trainer.save_results(out, metadata)
     return trainer
 
-# %% ../nbs/lib/40_train.ipynb #f5459347
+# %% ../nbs/lib/40_train.ipynb #dec02121
 def finish(
     resume: str | Path,  # the folder given to `train`
 ) -> None:
     "Remove the state of a run that is complete."
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         shutil.rmtree(resume, ignore_errors=True)

@@ -78,7 +78,7 @@ def test_every_stage_depends_on_its_closure():
     for name, definition in stages.items():
         body = definition.get("do", definition)
         if "moe-lab run" in body["cmd"]:
-            assert any(str(dep).startswith(f"build/code/{name}/") for dep in body["deps"]), f"{name} does not depend on build/code/{name}/"
+            assert any(re.match(rf"build/code/{name}[./]", dep) for dep in body["deps"]), f"{name} does not depend on build/code/{name}"
     analyses = {path.stem for path in (ROOT / "nbs/analysis").glob("*.ipynb")}
     assert set(stages["analysis"]["foreach"]) == analyses
 

@@ -13,7 +13,7 @@ from moe_lab.data.core import make_loader
 from moe_lab.evaluate import evaluate_coco, load_ground_truth, predict
 from moe_lab.params import AugmentParams, DataParams, EvalParams, RunParams, TrainParams
 from moe_lab.tier import make_deterministic
-from moe_lab.train import finish, train
+from moe_lab.train import finish, processes, train
 
 SIZE, STRIDE = (64, 96), 16
 COLOURS = [(230, 60, 40), (40, 90, 230)]
@@ -87,8 +87,9 @@ def run(root: Path, out: Path, resume: Path | None = None, save_seconds: float =
     make_deterministic(params.seed, 1)
     sets = {"train": CocoDetection(root, "train", SIZE, augment=params.data.augment, seed=params.seed), "val": CocoDetection(root, "val", SIZE)}
     truth = load_ground_truth(sets["val"].annotations)
-    judged = make_loader(sets["val"], params.evaluate.batch_size, workers=params.data.workers)
-    loader = make_loader(sets["train"], params.train.batch_size, shuffle=True, seed=params.seed, workers=params.data.workers)
+    share = dict(zip(("rank", "world_size"), processes()), workers=params.data.workers)
+    judged = make_loader(sets["val"], params.evaluate.batch_size, **share)
+    loader = make_loader(sets["train"], params.train.batch_size, shuffle=True, seed=params.seed, **share)
     evaluate = lambda model, epoch: evaluate_coco(truth, predict(model, judged, params.evaluate), detail=False).metrics
     model = model or CellDetector(len(sets["train"].names))
     trained = train(model, loader, params, out, resume, evaluate, run="toy", files=[sets["train"].annotations], save_seconds=save_seconds, log=log)

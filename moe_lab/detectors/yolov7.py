@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['BACKBONE', 'NECK', 'HEAD', 'ANCHORS', 'STRIDES', 'OPERATIONS', 'PARTS', 'Row', 'read_table', 'Conv', 'Concat',
-           'fold_norm', 'Implicit', 'implicit_conv', 'Detect', 'build_rows', 'run_rows', 'param_groups', 'YOLOv7Params',
+           'fold_norm', 'Implicit', 'implicit_conv', 'Detect', 'build_rows', 'run_rows', 'decay_groups', 'YOLOv7Params',
            'decode', 'YOLOv7Tiny', 'fuse']
 
-# %% ../../nbs/lib/31_yolov7.ipynb #963a705e
+# %% ../../nbs/lib/31_yolov7.ipynb #2f34b62a
 import copy
 import math
 from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from ..boxes import Detections, nms, undo_letterbox
@@ -42,7 +43,7 @@ NECK = """
 """
 HEAD = "74:57:conv3:128  75:65:conv3:256  76:73:conv3:512  77:74,75,76:detect"
 
-# %% ../../nbs/lib/31_yolov7.ipynb #3fa3c1d7
+# %% ../../nbs/lib/31_yolov7.ipynb #c3be226a
 class Row(NamedTuple):
     "One module: its number, the modules it reads (-1 is the image), what it does, and its channels."
     index: int
@@ -52,14 +53,14 @@ class Row(NamedTuple):
 
 def read_table(
     text: str, # rows `index:inputs:operation[:channels]`
-    width: float = 1.0 # factor on the channels, which stay multiples of 8
+    width: float = 1.0 # factor on the channels, which stay multiples of 16
 ) -> list[Row]: # in the order of the text
     "The rows of a network table."
-    scale = lambda c: max(8, round(int(c) * width / 8) * 8)
+    scale = lambda c: max(16, round(int(c) * width / 16) * 16)
     parts = [row.split(":") for row in text.split()]
     return [Row(int(i), tuple(map(int, inputs.split(","))), op, scale(*c) if c else None) for i, inputs, op, *c in parts]
 
-# %% ../../nbs/lib/31_yolov7.ipynb #8df6c90c
+# %% ../../nbs/lib/31_yolov7.ipynb #188e8344
 class Conv(nn.Module):
     "Convolution, batch normalisation, LeakyReLU 0.1: (B, C, H, W) -> (B, D, H/stride, W/stride)."
     def __init__(
@@ -75,6 +76,7 @@ class Conv(nn.Module):
 
     def forward(self, x): return F.leaky_relu_(self.bn(self.conv(x)), 0.1)
 
+# %% ../../nbs/lib/31_yolov7.ipynb #ba324b3a
 class Concat(nn.Module):
     "Channels of several maps, side by side."
     def forward(self, *maps): return torch.cat(maps, 1)
@@ -109,10 +111,11 @@ def implicit_conv(
     bias = conv.bias + (conv.weight * add).sum((1, 2, 3))
     return F.conv2d(x, conv.weight * factor.transpose(0, 1), bias * factor.flatten())
 
-# %% ../../nbs/lib/31_yolov7.ipynb #8a22f0f7
+# %% ../../nbs/lib/31_yolov7.ipynb #fa249978
 ANCHORS = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 156, 198, 373, 326)) # width, height in pixels; strides 8, 16, 32
 STRIDES = (8, 16, 32) # pixels per cell
 
+# %% ../../nbs/lib/31_yolov7.ipynb #e7de5f5a
 class Detect(nn.Module):
     "Implicit-knowledge detection head: three maps (B, C, H, W) -> three raw maps (B, anchors, H, W, classes + 5)."
     def __init__(
@@ -143,7 +146,7 @@ class Detect(nn.Module):
         raw = [implicit_conv(x, m, a.implicit, i.implicit) for x, m, a, i in zip(maps, self.m, self.ia, self.im)]
         return [r.view(len(r), self.num_anchors, self.num_outputs, *r.shape[2:]).permute(0, 1, 3, 4, 2) for r in raw]
 
-# %% ../../nbs/lib/31_yolov7.ipynb #d93745c1
+# %% ../../nbs/lib/31_yolov7.ipynb #3eb19190
 OPERATIONS = dict(pool=lambda: nn.MaxPool2d(2), spp=lambda: nn.MaxPool2d(5, 1, 2), up=lambda: nn.Upsample(scale_factor=2), concat=Concat)
 
 def build_rows(
@@ -161,6 +164,7 @@ def build_rows(
         channels[row.index] = row.channels or before
     return modules
 
+# %% ../../nbs/lib/31_yolov7.ipynb #ab9c5517
 def run_rows(
     rows: list[Row],
     modules: list[nn.Module], # one per row
@@ -170,8 +174,8 @@ def run_rows(
     for row, module in zip(rows, modules): results[row.index] = module(*(results[i] for i in row.inputs))
     return results[rows[-1].index]
 
-# %% ../../nbs/lib/31_yolov7.ipynb #c8415511
-def param_groups(
+# %% ../../nbs/lib/31_yolov7.ipynb #b620ced7
+def decay_groups(
     model: nn.Module,
     weight_decay: float # on the first group only
 ) -> list[dict]: # for any torch optimiser: weights, scales, biases
@@ -205,7 +209,7 @@ class YOLOv7Params(Strict):
             raise ValueError(f"need {len(STRIDES)} lists, for strides {STRIDES}, each of as many width, height pairs")
         return tuple(tuple(map(float, level)) for level in anchors)
 
-# %% ../../nbs/lib/31_yolov7.ipynb #f44df716
+# %% ../../nbs/lib/31_yolov7.ipynb #c9c5f444
 def _passing(outputs, conf):
     "Cells of all levels whose objectness passes, and their raw numbers (k, classes + 5)."
     where = [(o[..., 4].sigmoid() > conf).nonzero().unbind(1) for o in outputs]
@@ -213,6 +217,7 @@ def _passing(outputs, conf):
     level = torch.arange(len(where), device=raw.device).repeat_interleave(torch.tensor([len(w[0]) for w in where], device=raw.device))
     return Cells(level, *(torch.cat(w) for w in zip(*where)), torch.zeros_like(level)), raw
 
+# %% ../../nbs/lib/31_yolov7.ipynb #e9cb0343
 def decode(
     outputs: list[Tensor], # raw maps
     anchors: Tensor, # (levels, anchors, 2) pixels
@@ -230,7 +235,7 @@ def decode(
     row, label = row[order], label[order]
     return cells.image[row], Detections(boxes[row], scores[row, label], label)
 
-# %% ../../nbs/lib/31_yolov7.ipynb #d1536370
+# %% ../../nbs/lib/31_yolov7.ipynb #7151a557
 PARTS = dict(backbone=range(29), neck=range(29, 74), head=range(74, 78)) # module numbers
 
 class YOLOv7Tiny(nn.Module):
@@ -254,26 +259,53 @@ class YOLOv7Tiny(nn.Module):
     @property
     def anchors(self): return self.model[-1].anchor_grid.flatten(0, 4).view(len(STRIDES), -1, 2)
 
-    def forward(self, batch):
-        images = batch["images"] if isinstance(batch, dict) else batch
-        if any(side % 32 for side in images.shape[2:]):
-            raise ValueError(f"images are {images.shape[3]}x{images.shape[2]} pixels: both sides must be multiples of 32; letterbox them first")
-        return run_rows(self.rows, self.model, {-1: images.contiguous(memory_format=torch.channels_last)})
+# %% ../../nbs/lib/31_yolov7.ipynb #3b00bdec
+@patch
+def forward(
+    self: YOLOv7Tiny,
+    batch: dict | Tensor # with `images`, or the images: (B, 3, H, W) RGB in 0..1
+) -> list[Tensor]: # three raw maps (B, 3, H/stride, W/stride, classes + 5)
+    "Raw predictions; ValueError if a side is no multiple of 32."
+    images = batch["images"] if isinstance(batch, dict) else batch
+    if any(side % 32 for side in images.shape[2:]):
+        raise ValueError(f"images are {images.shape[3]}x{images.shape[2]} pixels: both sides must be multiples of 32; letterbox them first")
+    return run_rows(self.rows, self.model, {-1: images.contiguous(memory_format=torch.channels_last)})
 
-    def loss(self, outputs, batch):
-        p = self.params
-        gains = Gains(*(p.loss_scale * g for g in (p.box_gain, p.obj_gain, p.cls_gain)))
-        return dict(ota=ota_loss, anchor=anchor_loss)[p.loss](outputs, batch["targets"], self.anchors, STRIDES, gains)
+# %% ../../nbs/lib/31_yolov7.ipynb #46cd3b66
+@patch
+def loss(
+    self: YOLOv7Tiny,
+    outputs: list[Tensor], # of forward
+    batch: dict # with `targets`
+) -> dict[str, Tensor]: # box, obj, cls: weighted scalars, to be summed
+    "Loss terms of a batch."
+    p = self.params
+    gains = Gains(*(p.loss_scale * g for g in (p.box_gain, p.obj_gain, p.cls_gain)))
+    return dict(ota=ota_loss, anchor=anchor_loss)[p.loss](outputs, batch["targets"], self.anchors, STRIDES, gains)
 
-    def param_groups(self, train): return param_groups(self, train.weight_decay)
+@patch
+def param_groups(
+    self: YOLOv7Tiny,
+    train # TrainParams, for its weight_decay
+) -> list[dict]: # for any torch optimiser
+    "Weights, scales and biases."
+    return decay_groups(self, train.weight_decay)
 
-    @torch.no_grad()
-    def detect(self, outputs, batch, evaluate):
-        image, found = decode(outputs, self.anchors, evaluate.conf, self.params.multi_label)
-        sizes = torch.bincount(image, minlength=len(outputs[0])).tolist()
-        each = [found[start:start + n] for start, n in zip(torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes)]
-        each = [d[nms(d.boxes, d.scores, d.labels, evaluate.nms_iou, evaluate.max_detections)] for d in each]
-        return [Detections(undo_letterbox(d.boxes, box, size), d.scores, d.labels) for d, box, size in zip(each, batch["letterbox"], batch["sizes"])]
+# %% ../../nbs/lib/31_yolov7.ipynb #0943905c
+@patch
+@torch.no_grad()
+def detect(
+    self: YOLOv7Tiny,
+    outputs: list[Tensor], # of forward
+    batch: dict, # with `letterbox` and `sizes`
+    evaluate # EvalParams: conf, nms_iou, max_detections
+) -> list[Detections]: # one per image, in pixels of the original image
+    "Detections of a batch, best first."
+    image, found = decode(outputs, self.anchors, evaluate.conf, self.params.multi_label)
+    sizes = torch.bincount(image, minlength=len(outputs[0])).tolist()
+    each = [found[start:start + n] for start, n in zip(torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes)]
+    each = [d[nms(d.boxes, d.scores, d.labels, evaluate.nms_iou, evaluate.max_detections)] for d in each]
+    return [Detections(undo_letterbox(d.boxes, box, size), d.scores, d.labels) for d, box, size in zip(each, batch["letterbox"], batch["sizes"])]
 
 # %% ../../nbs/lib/31_yolov7.ipynb #7eda416a
 def fuse(

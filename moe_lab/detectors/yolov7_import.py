@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .yolov7 import STRIDES, YOLOv7Tiny
 from ..params import UserError
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #aa7a660b
+# %% ../../nbs/lib/32_yolov7_import.ipynb #385f6a52
 class Storage(NamedTuple):
     "Raw bytes in the archive."
     dtype: torch.dtype
@@ -36,13 +36,14 @@ class Record:
 
     def __setstate__(self, state): raise pickle.UnpicklingError("a tensor with extra state")
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #9a8591f7
 class Parameter:
     "A parameter is the tensor inside it."
     def __new__(cls, data, *_): return data
 
     def __setstate__(self, state): raise pickle.UnpicklingError("a parameter with extra state")
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #afb7517b
+# %% ../../nbs/lib/32_yolov7_import.ipynb #d7479fac
 class Inert:
     "Stand-in for an object of some class: remembers its attributes, does nothing."
     origin, state = "", {}
@@ -51,11 +52,12 @@ class Inert:
 
     def __setstate__(self, state): self.state = state if isinstance(state, dict) else {}
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #2dc28c7a
 class Dict(OrderedDict):
     "An ordered dict that takes no attributes from a pickle."
     def __setstate__(self, state): pass
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #cf9295b6
+# %% ../../nbs/lib/32_yolov7_import.ipynb #b8e5af05
 WORDS = {("torch._utils", "_rebuild_tensor_v2"): Record, ("torch._utils", "_rebuild_parameter"): Parameter, ("collections", "OrderedDict"): Dict,
          ("builtins", "set"): set, ("torch", "Size"): tuple}
 DTYPES = dict(Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64, Bool=torch.bool,
@@ -64,6 +66,7 @@ STORAGES = {("torch", f"{name}Storage"): dtype for name, dtype in DTYPES.items()
 INERT_PACKAGES = ("models", "utils", "torch.nn")
 INERT_NAMES = {("torch", "device"), ("numpy", "dtype"), ("_codecs", "encode"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")}
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #48c17500
 def meaning(
     module: str, # as written in the pickle
     name: str # likewise
@@ -92,7 +95,7 @@ class _Reader(pickle._Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype): raise pickle.UnpicklingError(f"unknown reference {kind!r}")
         return Storage(dtype, str(key), int(numel))
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #5eafee6a
+# %% ../../nbs/lib/32_yolov7_import.ipynb #5748cf1a
 MAX_PROGRAM = 64 * 2 ** 20 # bytes; the official one has 0.3 MB
 
 def _open_archive(path):
@@ -104,6 +107,7 @@ def _open_archive(path):
     try: return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as e: raise UserError(f"{path}: damaged or incomplete archive ({e}); download it again") from None
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #df45f652
 def _check_entries(archive, path):
     "Prefix of the archive's entries; UserError if something in it is compressed or too large to be honest."
     packed = [e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED or e.file_size > path.stat().st_size]
@@ -131,7 +135,7 @@ def _tensor(
     tensor = flat.as_strided(size, stride, offset).clone()
     return tensor.float() if tensor.is_floating_point() else tensor
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #936ef12f
+# %% ../../nbs/lib/32_yolov7_import.ipynb #ad1d923d
 def _walk(node, prefix=""):
     "(name, Record) of every tensor below an inert module or in a plain dict."
     if isinstance(node, dict): yield from ((k, v) for k, v in node.items() if isinstance(k, str) and isinstance(v, Record))
@@ -140,6 +144,7 @@ def _walk(node, prefix=""):
         yield from ((prefix + k, v) for k, v in node.state.get(part, {}).items() if isinstance(v, Record))
     for name, child in node.state.get("_modules", {}).items(): yield from _walk(child, f"{prefix}{name}.")
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #5f475518
 def _network(content):
     "The part of a checkpoint that holds the network: `ema`, else `model`, else `state_dict`, else all of it."
     if not isinstance(content, dict): return content
@@ -165,7 +170,7 @@ def read_checkpoint(
     names = list(names.values()) if isinstance(names, dict) else names or []
     return tensors, [str(n) for n in names]
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #6fb650f5
+# %% ../../nbs/lib/32_yolov7_import.ipynb #b4644060
 def _unfold(name, tensor):
     "State entries of a Conv block for one tensor `....conv.weight` or `....conv.bias` of a fused one."
     if name.endswith("conv.weight"): return {name: tensor}
@@ -173,6 +178,7 @@ def _unfold(name, tensor):
     return {norm + "weight": one, norm + "bias": tensor, norm + "running_mean": 0 * one,
             norm + "running_var": one - 1e-3, norm + "num_batches_tracked": torch.tensor(0)}
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #5f38b5f0
 def official_state(
     tensors: dict[str, Tensor] # of any variant of an official file
 ) -> dict[str, Tensor]: # with the 344 names of the training variant
@@ -203,16 +209,17 @@ def load_official(
     model.load_state_dict(state)
     return model
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #212e0b29
+# %% ../../nbs/lib/32_yolov7_import.ipynb #cd3c9fae
 def _metadata(state, names, source):
     "Header of the checkpoint: what is needed in order to build the detector again."
     count = state["model.77.m.0.weight"].shape[0] // 3 - 5
     names = names if len(names) == count else [f"class {i}" for i in range(count)]
     anchors = (state["model.77.anchors"] * torch.tensor(STRIDES)[:, None, None]).flatten(1).round(decimals=3).tolist()
-    model = dict(anchors=anchors, width=state["model.0.conv.weight"].shape[0] / 32)
+    model = dict(anchors=anchors, width=state["model.28.conv.weight"].shape[0] / 512)
     return dict(detector="yolov7_tiny", model=model, num_classes=count, source=source, image_size=[640, 640],
                 categories=[dict(id=i + 1, name=n) for i, n in enumerate(names)])
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #de2bc639
 def _write(out, content):
     "Whole file or none; UserError if the place does not take it."
     temporary = out.with_name(out.name + ".tmp")
@@ -222,6 +229,7 @@ def _write(out, content):
         os.replace(temporary, out)
     except OSError as e: raise UserError(f"{out}: cannot be written ({e.strerror}); give another place") from None
 
+# %% ../../nbs/lib/32_yolov7_import.ipynb #2b9f55b4
 def import_yolov7(
     path: str | Path, # official checkpoint, .pt
     out: str | Path # checkpoint to write, .safetensors
@@ -229,7 +237,7 @@ def import_yolov7(
     "Convert an official YOLOv7-tiny checkpoint to safetensors, executing nothing from it."
     tensors, names = read_checkpoint(path)
     state, out = official_state(tensors), Path(out)
-    if not {"model.77.m.0.weight", "model.77.anchors", "model.0.conv.weight"} <= set(state):
+    if not {"model.77.m.0.weight", "model.77.anchors", "model.28.conv.weight"} <= set(state):
         raise UserError(f"{path}: not a YOLOv7-tiny (no detection head at module 77); only the tiny network can be imported")
     metadata = _metadata(state, names, Path(path).name)
     model = load_official(YOLOv7Tiny(metadata["num_classes"], **metadata["model"]), tensors, str(path))

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..boxes import aligned_ciou, box_iou, cxcywh_to_xyxy, xyxy_to_cxcywh
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #2c01625b
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #f9b93406
 class Objects(NamedTuple):
     "All ground truth of a batch, joined."
     image: Tensor # (n,) int64 index of the image in the batch
     labels: Tensor # (n,) int64 class
     boxes: Tensor # (n, 4) cxcywh in input pixels
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #53bfe261
 def join_targets(
     targets: list[dict], # one dict per image: boxes (n, 4) xyxy in input pixels, labels (n,)
     device=None # where the outputs are
@@ -32,13 +33,14 @@ def join_targets(
     labels, boxes = torch.cat([t["labels"] for t in targets]), torch.cat([t["boxes"] for t in targets])
     return Objects(image, labels.to(device), xyxy_to_cxcywh(boxes.to(device).float()))
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #fc859d38
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #068092d0
 class Grid(NamedTuple):
     "Where the predictions of all levels lie."
     anchors: Tensor # (levels, anchors, 2) width and height in input pixels
     strides: Tensor # (levels,) pixels per cell
     cells: Tensor # (levels, 2) int64 columns and rows of each map
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #e18af7a0
 def grid_of(
     outputs: list[Tensor], # raw maps (B, anchors, H/stride, W/stride, classes + 5)
     anchors: Tensor, # (levels, anchors, 2) pixels
@@ -55,7 +57,7 @@ def _fits(size, anchors, ratio):
     r = size[None, :, None] / anchors[:, None]
     return torch.maximum(r, 1 / r).amax(-1) < ratio
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #dc34b31b
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #0002c559
 OFFSETS = ((0., 0.), (0.5, 0.), (0., 0.5), (-0.5, 0.), (0., -0.5)) # own cell, left, up, right, down
 
 class Cells(NamedTuple):
@@ -74,6 +76,7 @@ def _near(centre, cells):
     high = (back % 1 < 0.5) & (back > 1)
     return torch.cat([torch.ones_like(low[..., :1]), low, high], -1)
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #e6d40db1
 def find_candidates(
     objects: Objects, # of the whole batch
     grid: Grid, # where predictions lie
@@ -87,7 +90,7 @@ def find_candidates(
     column, row = torch.minimum(cell, grid.cells[level] - 1).unbind(1)
     return Cells(level, objects.image[index], anchor, row, column, index)
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #a16bdc55
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #7559c94c
 class _Read(torch.autograd.Function):
     "Chosen predictions (k, classes + 5) and all objectness (B, A * H * W) of one map."
     @staticmethod
@@ -102,6 +105,7 @@ class _Read(torch.autograd.Function):
         grad[..., 4] = objectness.view(output.shape[:4])
         return grad.index_put_(tuple(where), chosen.to(grad.dtype), accumulate=True), *[None] * len(where)
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #8a47e3f0
 def read_maps(
     outputs: list[Tensor], # raw maps, one per level
     cells: Cells # k chosen predictions
@@ -140,13 +144,14 @@ def objectness_targets(
     target = quality.new_zeros(sum(numel)).scatter_reduce_(0, flat + start[cells.level], quality.detach().clamp(min=0), "amax")
     return [t.view(s) for t, s in zip(target.split(numel), sizes)]
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #b868286c
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #dd52c5bd
 class Gains(NamedTuple):
     "Weights of the loss terms at 640 pixels, 80 classes and 3 levels."
     box: float = 0.05
     obj: float = 1.0
     cls: float = 0.5
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #2892f090
 BALANCE = (4.0, 1.0, 0.4) # objectness weight of strides 8, 16, 32
 REFERENCE_SIZE = 640 # pixels
 REFERENCE_CLASSES = 80
@@ -162,10 +167,11 @@ def scaled_gains(
     share = REFERENCE_LEVELS / levels
     return Gains(gains.box * share, gains.obj * share * area / REFERENCE_SIZE ** 2, gains.cls * share * num_classes / REFERENCE_CLASSES)
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #f8bf3e84
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #ed7d59cf
 def _cross_entropy(logits, target):
     return F.softplus(logits) - logits * target
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #7a722232
 def bill(
     raw: Tensor, # (k, classes + 5) responsible predictions
     objectness: list[Tensor], # per level (B, A * H * W) logits of all predictions
@@ -197,7 +203,7 @@ def anchor_loss(
     cells = find_candidates(objects, grid)
     return bill(*read_maps(outputs, cells), cells, objects, grid, gains)
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #414307ca
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #b5f4c06f
 def _slots(
     group: Tensor, # (n,) int64
     num_groups: int
@@ -209,6 +215,7 @@ def _slots(
     slot[order] = torch.arange(len(group), device=group.device) - (count.cumsum(0) - count)[group[order]]
     return slot, int(count.max())
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #efaf59fa
 def _table(values, group, slot, shape, fill=0):
     "Entries `values` (n, ...) laid out as (groups, width, ...)."
     out = values.new_full((*shape, *values.shape[1:]), fill)
@@ -242,13 +249,14 @@ def dynamic_k_matching(
     buyers = taken.sum(1)
     return torch.where(buyers > 1, cost.argmin(1), taken.argmax(1)), buyers > 0
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #43c18421
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #5c79b9c3
 def _layout(image, num_images):
     "A function that lays entries out in a table with one row per image, the one that reads them back, and what is real in the table."
     slot, width = _slots(image, num_images)
     lay = lambda values: _table(values, image, slot, (num_images, width))
     return lay, lambda table: table[image, slot], lay(torch.ones_like(image, dtype=torch.bool))
 
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #61518366
 @torch.no_grad()
 def ota_assign(
     raw: Tensor, # (k, classes + 5) predictions of the candidates
