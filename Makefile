@@ -5,6 +5,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PYTHONHASHSEED := 0
+export GOMP_SPINCOUNT := 1000
 
 .PHONY: repro test setup bench sync clean
 

@@ -42,7 +42,7 @@ def tier() -> dict:
     return {"device": device, "cpu": cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "system": platform.system(), "packages": {name: installed(name) for name in NUMERIC}}
 
-# %% ../nbs/lib/02_tier.ipynb #d6e54e78
+# %% ../nbs/lib/02_tier.ipynb #60fa45c7
 def make_deterministic(
     seed: int,  # of Python, numpy and torch
     threads: int,  # CPU threads; sums depend on their number
@@ -54,4 +54,5 @@ def make_deterministic(
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

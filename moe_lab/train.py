@@ -270,7 +270,7 @@ def optimizer_step(self: Trainer) -> None:
     if self.ema:
         self.ema.update(self.model)
 
-# %% ../nbs/lib/40_train.ipynb #a1373823
+# %% ../nbs/lib/40_train.ipynb #7ef5c841
 STATE = "state.safetensors"
 
 
@@ -286,11 +286,12 @@ def save_state(
     moments, rest = checkpoint.flatten_optimizer(self.optimizer)
     parts = dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else {}, optimizer=moments)
     tensors = {f"{part}/{name}": value for part, content in parts.items() for name, value in content.items()}
-    where = dict(epoch=self.epoch, batch=self.batch, lr=self.lr, averaged=self.ema.updates if self.ema else 0)
+    where = dict(epoch=self.epoch, batch=self.batch, lr=self.lr, averaged=self.ema.updates if self.ema else 0,
+                 scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None)
     lists = dict(sums=list(self.sums.items()), rows=[list(row.items()) for row in self.rows])
     checkpoint.save(Path(folder) / STATE, tensors, dict(where, **lists, fingerprint=fingerprint, optimizer=rest))
 
-# %% ../nbs/lib/40_train.ipynb #556b34e4
+# %% ../nbs/lib/40_train.ipynb #d78fec91
 @patch
 def load_state(
     self: Trainer,
@@ -313,6 +314,8 @@ def load_state(
     if self.ema:
         self.ema.model.load_state_dict(part("ema/"))
         self.ema.updates = where["averaged"]
+    if self.accelerator.scaler:
+        self.accelerator.scaler.load_state_dict(where["scaler"])
     self.epoch, self.batch, self.lr = (where[k] for k in ("epoch", "batch", "lr"))
     self.sums, self.rows = dict(where["sums"]), [dict(row) for row in where["rows"]]
     return f"going on in epoch {self.epoch + 1} after {self.batch} batches"

@@ -47,8 +47,8 @@ def arm(point: str, count: int, when: str) -> None:
     setattr(owner, name, deadly)
 
 
-def child(world: Path, folder: Path, trap: tuple | None = None) -> int:
-    """Fork a child that trains; give its process id."""
+def child(world: Path, folder: Path, trap: tuple | None = None, model=None) -> int:
+    """Fork a child that trains (the toy, or what `model` builds); give its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -56,7 +56,7 @@ def child(world: Path, folder: Path, trap: tuple | None = None) -> int:
         if trap:
             arm(*trap)
         with open(folder.with_suffix(".log"), "a") as log:
-            toy.run(world, folder / "out", folder / "resume", log=lambda line: print(line, file=log, flush=True))
+            toy.run(world, folder / "out", folder / "resume", model=model and model(), log=lambda line: print(line, file=log, flush=True))
         os._exit(0)
     except BaseException as e:
         print(repr(e), file=sys.stderr, flush=True)
@@ -81,6 +81,8 @@ def random_kills(world: Path, folder: Path, delay: float) -> list[int]:
 
 if __name__ == "__main__":
     world, base = map(Path, sys.argv[1:])
+    pair = [ended(child(world, base / "yolo", ("train_batch", 5, "after"), toy.yolo)), ended(child(world, base / "yolo", model=toy.yolo))]
+    print(json.dumps(["yolo in the middle of an epoch", str(base / "yolo"), pair]), flush=True)
     for number, (name, trap) in enumerate(SCENARIOS.items()):
         folder = base / f"{number}"
         print(json.dumps([name, str(folder), [ended(child(world, folder, trap)), ended(child(world, folder))]]), flush=True)

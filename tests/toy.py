@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moe_lab import checkpoint
+from moe_lab import checkpoint, detectors
 from moe_lab.boxes import Detections
 from moe_lab.data.coco import CocoDetection
 from moe_lab.data.core import make_loader
@@ -71,6 +71,12 @@ class CellDetector(torch.nn.Module):
         boxes = torch.cat([centre - outputs[..., 3:5].exp() / 2, centre + outputs[..., 3:5].exp() / 2], -1) * STRIDE
         scores, labels = (outputs[..., :1].sigmoid() * outputs[..., 5:].softmax(-1)).max(-1)
         return [Detections(b.reshape(-1, 4), s.reshape(-1), n.reshape(-1)) for b, s, n in zip(boxes, scores, labels)]
+
+
+def yolo():
+    """The real detector, as small as it gets; seeded, since it is built before the run seeds everything."""
+    make_deterministic(3, 1)
+    return detectors.build("yolov7_tiny", num_classes=2, width=0.125)
 
 
 def settings(**changes) -> RunParams:
