@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 export PYTHONHASHSEED := 0
 export GOMP_SPINCOUNT := 1000
 
-.PHONY: repro test setup bench sync clean
+.PHONY: repro test setup sync bench clock clean
 
 repro: setup
 	dvc repro
@@ -23,6 +23,11 @@ sync: setup
 
 bench: setup
 	moe-lab run nbs/pipeline/bench.ipynb --out bench -p repeats=30
+
+clock: setup                             # times both commands on a fresh clone
+	rm -rf build/clock && git clone -q . build/clock
+	cd build/clock && $(CURDIR)/$(VENV)/bin/moe-lab stopwatch --out $(CURDIR)/bench/commands.json -- make repro
+	cd build/clock && $(CURDIR)/$(VENV)/bin/moe-lab stopwatch --out $(CURDIR)/bench/commands.json -- make test
 
 setup: $(VENV)/.ready
 

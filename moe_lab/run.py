@@ -131,13 +131,13 @@ def explain_failure(
     reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {last}"
     return f"{reason}\n  in {notebook}, code cell {error.exec_count}; executed up to there: {kept}; earlier results are unchanged"
 
-# %% ../nbs/lib/60_run.ipynb #7e5b3216
-def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any], failed: Path) -> nbformat.NotebookNode:
+# %% ../nbs/lib/60_run.ipynb #08f209c5
+def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any], failed: Path, progress: Progress | None) -> nbformat.NotebookNode:
     "Run `notebook` in its own folder, writing to `target`. On failure keep it at `failed` and raise `UserError`."
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         return papermill.execute_notebook(str(notebook), str(target), dict(parameters), cwd=str(notebook.parent), kernel_name="python3",
-                                          progress_bar=False, request_save_on_cell_execute=False, stdout_file=Progress(),
+                                          progress_bar=False, request_save_on_cell_execute=False, stdout_file=progress,
                                           extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as e:
         failed.parent.mkdir(parents=True, exist_ok=True)
@@ -159,13 +159,14 @@ def publish(
     shutil.rmtree(staging)
     return moved
 
-# %% ../nbs/lib/60_run.ipynb #4509c22c
+# %% ../nbs/lib/60_run.ipynb #c6560b5a
 def run_notebook(
     notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
     parameters: Mapping[str, Any] | None = None,  # values for its parameters cell
     root: Path = Path("."),  # the checkout
     threads: int = 2,  # CPU threads of the kernel
+    show: bool = True,  # print the notebook's lines while it runs
 ) -> list[Path]:  # files now in `target`
     "Execute, normalise and publish. `UserError` for unknown parameters or a failing cell; `target` then stays as it was."
     notebook, target, given = Path(notebook), Path(target), dict(parameters or {})
@@ -177,7 +178,7 @@ def run_notebook(
     _make_folder(staging)
     os.environ.update(run_environment(root, threads))
     try:
-        nb = _execute(notebook, staging / notebook.name, given, target / ".failed" / notebook.name)
+        nb = _execute(notebook, staging / notebook.name, given, target / ".failed" / notebook.name, Progress() if show else None)
         nbformat.write(normalise(nb), staging / notebook.name)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
