@@ -90,7 +90,7 @@ def launch(
     for file in launch_notebook(notebook, Path("runs") / run, training_parameters(notebook, run, params_file)[0]):
         console.print(f"  {file}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #031afaaf
+# %% ../nbs/lib/69_cli.ipynb #b8ae7b6b
 @command
 def library(
     folder: Annotated[Path, typer.Argument(help="folder of notebooks")] = Path("nbs/lib"),
@@ -103,7 +103,7 @@ def library(
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
     with ProcessPoolExecutor(jobs) as pool:
         waiting = [pool.submit(run_notebook, notebook, out / notebook.stem, threads=1, show=False) for notebook in notebooks]
-        for notebook, result in zip(notebooks, waiting):
+        for result in waiting:
             console.print(f"  {result.result()[0]}", style="dim", highlight=False)
 
 # %% ../nbs/lib/69_cli.ipynb #2afbf07c

@@ -6,7 +6,7 @@
 __all__ = ['UNSTABLE', 'notebook_parameters', 'check_parameters', 'normalise', 'run_environment', 'Progress', 'explain_failure',
            'publish', 'run_notebook', 'launch_notebook', 'displayed_markdown']
 
-# %% ../nbs/lib/60_run.ipynb #3ea91467
+# %% ../nbs/lib/60_run.ipynb #877bf835
 import ast
 import io
 import logging
@@ -21,6 +21,7 @@ from typing import Any, Mapping
 import nbformat
 import papermill
 from execnb.shell import CaptureShell
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -80,13 +81,13 @@ def _joined_streams(outputs: list[dict]) -> list[dict]:
             joined.append(dict(output))
     return joined
 
-# %% ../nbs/lib/60_run.ipynb #6744091d
+# %% ../nbs/lib/60_run.ipynb #1cacbefb
 def normalise(
     nb: nbformat.NotebookNode,  # an executed notebook
 ) -> nbformat.NotebookNode:  # the same object, changed in place
     "Remove everything that differs between two executions with the same result."
     nb.metadata = nbformat.from_dict({"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}})
-    for number, cell in enumerate(nb.cells):
+    for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if "injected-parameters" in tags:
@@ -131,7 +132,7 @@ def explain_failure(
     reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {last}"
     return f"{reason}\n  in {notebook}, code cell {error.exec_count}; executed up to there: {kept}; earlier results are unchanged"
 
-# %% ../nbs/lib/60_run.ipynb #08f209c5
+# %% ../nbs/lib/60_run.ipynb #01e0eff2
 def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any], failed: Path, progress: Progress | None) -> nbformat.NotebookNode:
     "Run `notebook` in its own folder, writing to `target`. On failure keep it at `failed` and raise `UserError`."
     logging.getLogger("papermill").setLevel(logging.ERROR)
@@ -143,6 +144,8 @@ def _execute(notebook: Path, target: Path, parameters: Mapping[str, Any], failed
         failed.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(target, failed)
         raise UserError(explain_failure(e, notebook, failed)) from None
+    except DeadKernelError:
+        raise UserError(f"{notebook}: its process was killed, perhaps for want of memory; the same command goes on where a training was saved") from None
 
 # %% ../nbs/lib/60_run.ipynb #e8021cb7
 def publish(
@@ -159,7 +162,7 @@ def publish(
     shutil.rmtree(staging)
     return moved
 
-# %% ../nbs/lib/60_run.ipynb #c6560b5a
+# %% ../nbs/lib/60_run.ipynb #4e30873c
 def run_notebook(
     notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
@@ -180,11 +183,12 @@ def run_notebook(
     try:
         nb = _execute(notebook, staging / notebook.name, given, target / ".failed" / notebook.name, Progress() if show else None)
         nbformat.write(normalise(nb), staging / notebook.name)
-    except BaseException:
+        shutil.rmtree(target / ".failed", ignore_errors=True)
+        return publish(staging, target)
+    except OSError as e:
+        raise UserError(f"{e.filename or target}: cannot be written ({e.strerror}); free some space or mend its permissions, then run again") from None
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(target / ".failed", ignore_errors=True)
-    return publish(staging, target)
 
 # %% ../nbs/lib/60_run.ipynb #0c1683d6
 def _make_folder(path: Path) -> None:

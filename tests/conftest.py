@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import toy
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -52,3 +53,17 @@ def checkout(tmp_path_factory) -> Checkout:
     here.call("git", "init", "-q")
     here.commit()
     return here
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    "A dataset small enough to train on in a second."
+    return toy.write_dataset(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def reference(world, tmp_path_factory) -> dict:
+    "What a run that nobody disturbed leaves behind."
+    out = tmp_path_factory.mktemp("reference")
+    toy.run(world, out)
+    return toy.contents(out)

@@ -1,18 +1,5 @@
 """The same parameters give the same bytes, whoever loads the data."""
-import pytest
 import toy
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return toy.write_dataset(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def reference(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("reference")
-    toy.run(world, out)
-    return toy.contents(out)
 
 
 def test_same_run_twice(world, reference, tmp_path):

@@ -11,18 +11,6 @@ import toy
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return toy.write_dataset(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def reference(world, tmp_path_factory):
-    out = tmp_path_factory.mktemp("reference")
-    toy.run(world, out)
-    return toy.contents(out)
-
-
 def test_killed_and_started_again(world, reference, tmp_path):
     driver = subprocess.run([sys.executable, HERE / "kill_driver.py", world, tmp_path], capture_output=True, text=True, timeout=300, check=False)
     assert driver.returncode == 0, driver.stderr

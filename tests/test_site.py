@@ -4,13 +4,13 @@ The site is built from this checkout's notebooks, with outputs where the pipelin
 """
 import functools
 import http.server
-import shutil
 import threading
 import warnings
 from pathlib import Path
 
 import pytest
 
+from moe_lab.doctor import find_chromium
 from moe_lab.site import build_site
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +39,10 @@ def addresses(site):
 
 @pytest.fixture(scope="module")
 def browser():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+    program = find_chromium()
     if program is None:
         message = "NO CHROMIUM FOUND: the site was NOT tested in a browser; install Debian's `chromium` and run again"
-        warnings.warn(message)
+        warnings.warn(message, stacklevel=2)
         pytest.skip(message)
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:

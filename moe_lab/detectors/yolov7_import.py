@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'DTYPES', 'STORAGES', 'INERT_PACKAGES', 'INERT_NAMES', 'MAX_PROGRAM', 'Storage', 'Record', 'Parameter',
            'Inert', 'Dict', 'meaning', 'read_checkpoint', 'official_state', 'load_official', 'import_yolov7']
 
-# %% ../../nbs/lib/32_yolov7_import.ipynb #c3602cf2
+# %% ../../nbs/lib/32_yolov7_import.ipynb #15a0dd01
 import json
 import math
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from .yolov7 import STRIDES, YOLOv7Tiny
 from ..params import UserError
 
