@@ -78,11 +78,11 @@ def run(
     for file in run_notebook(notebook, target, {**given, **given_parameters(param)}, threads=threads):
         console.print(f"  {file}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #496a9523
+# %% ../nbs/lib/69_cli.ipynb #9c97f46a
 @command
 def launch(
-    notebook: Annotated[Path, typer.Argument(help="the training notebook")],
-    run: Annotated[str, typer.Option(help="a run of params.yaml; results go to runs/RUN")],
+    run: Annotated[str, typer.Argument(help="a run of params.yaml; results go to runs/RUN")],
+    notebook: Annotated[Path, typer.Argument(help="the training notebook")] = Path("nbs/pipeline/train.ipynb"),
     params_file: Annotated[Path, typer.Option(help="parameter file")] = Path("params.yaml"),
 ):
     "Execute a training notebook in this process, under `accelerate launch`."
