@@ -1,5 +1,6 @@
 # Two commands: `make repro` (results and site) and `make test` (all tests). Both set up .venv from the lock when needed.
-SHELL := /bin/sh
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -33,9 +34,10 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo 'make: Python 3.11 is needed; name it with: make PYTHON=/path/to/python3.11 ...'; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --no-compile --progress-bar on -r requirements.lock
-	python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@echo 'make: installing the packages of requirements.lock into $(VENV); once, one to three minutes'
+	@$(PYTHON) -m venv $(VENV)
+	@python -m pip install --no-compile -r requirements.lock 2>&1 | awk '/^ERROR|rror:/ {print} /^Collecting|^Installing/ {printf "."; fflush()} END {print ""}'
+	@python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 clean:

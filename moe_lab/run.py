@@ -50,11 +50,11 @@ def check_parameters(
     if unknown:
         raise UserError("\n".join(f"{notebook}: parameter {name!r}: unknown{nearest(name, known)}" for name in unknown))
 
-# %% ../nbs/lib/60_run.ipynb #d92f9fd0
-UNSTABLE = re.compile(r" at 0x[0-9a-fA-F]{6,}|(?m:^\[resume\].*\n)")
+# %% ../nbs/lib/60_run.ipynb #203a3024
+UNSTABLE = re.compile(r" at 0x[0-9a-fA-F]{6,}|\S*/ipykernel_\d+/\d+\.py:|(?m:^\[resume\].*\n)")
 
 def _stable_text(value: Any) -> Any:
-    "Text, or nested lists of text, without memory addresses and remarks about resuming."
+    "Text, or nested lists of text, without memory addresses, kernel files and remarks about resuming."
     if isinstance(value, str):
         return UNSTABLE.sub("", value)
     return [_stable_text(v) for v in value] if isinstance(value, list) else value
