@@ -78,7 +78,7 @@ def run(
     for file in run_notebook(notebook, target, {**given, **given_parameters(param)}, threads=threads):
         console.print(f"  {file}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #9c97f46a
+# %% ../nbs/lib/69_cli.ipynb #b8da341a
 @command
 def launch(
     run: Annotated[str, typer.Argument(help="a run of params.yaml; results go to runs/RUN")],
@@ -86,11 +86,11 @@ def launch(
     params_file: Annotated[Path, typer.Option(help="parameter file")] = Path("params.yaml"),
 ):
     "Execute a training notebook in this process, under `accelerate launch`."
-    from moe_lab.run import launch_notebook
-    for file in launch_notebook(notebook, Path("runs") / run, training_parameters(notebook, run, params_file)[0]):
+    from moe_lab.run import run_in_process
+    for file in run_in_process(notebook, Path("runs") / run, training_parameters(notebook, run, params_file)[0], show=True):
         console.print(f"  {file}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #b8ae7b6b
+# %% ../nbs/lib/69_cli.ipynb #dfdeca5f
 @command
 def library(
     folder: Annotated[Path, typer.Argument(help="folder of notebooks")] = Path("nbs/lib"),
@@ -98,13 +98,9 @@ def library(
     jobs: Annotated[int, typer.Option(help="notebooks at a time")] = 2,
 ):
     "Execute every notebook of a folder, for the site."
-    from concurrent.futures import ProcessPoolExecutor
-    from moe_lab.run import run_notebook
-    notebooks = sorted(folder.glob("[0-9]*.ipynb"))
-    with ProcessPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(run_notebook, notebook, out / notebook.stem, threads=1, show=False) for notebook in notebooks]
-        for result in waiting:
-            console.print(f"  {result.result()[0]}", style="dim", highlight=False)
+    from moe_lab.run import run_many
+    for file in run_many(sorted(folder.glob("[0-9]*.ipynb")), out, jobs):
+        console.print(f"  {file}", style="dim", highlight=False)
 
 # %% ../nbs/lib/69_cli.ipynb #2afbf07c
 @command

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['UNSTABLE', 'notebook_parameters', 'check_parameters', 'normalise', 'run_environment', 'Progress', 'explain_failure',
-           'publish', 'run_notebook', 'launch_notebook', 'displayed_markdown']
+           'publish', 'run_notebook', 'run_in_process', 'run_many', 'displayed_markdown']
 
-# %% ../nbs/lib/60_run.ipynb #877bf835
+# %% ../nbs/lib/60_run.ipynb #1eef235d
 import ast
 import io
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterable, Iterator, Mapping
 
 import nbformat
 import papermill
@@ -198,40 +200,64 @@ def _make_folder(path: Path) -> None:
     except OSError as e:
         raise UserError(f"{path}: cannot create this folder ({e.strerror}); check its permissions and the free space") from None
 
-# %% ../nbs/lib/60_run.ipynb #ba023f7a
-def _run_cells(nb: nbformat.NotebookNode, folder: Path, verbose: bool) -> nbformat.NotebookNode:
-    "Execute code cells in this process, in order, with `folder` as working directory; the first exception is raised."
+# %% ../nbs/lib/60_run.ipynb #057c8660
+def _run_cells(nb: nbformat.NotebookNode, notebook: Path, verbose: bool) -> nbformat.NotebookNode:
+    "Execute code cells in this process, in the notebook's folder. `UserError` naming the first cell that fails."
     shell, here = CaptureShell(mpl_format="png"), Path.cwd()
-    os.chdir(folder)
+    os.chdir(notebook.parent)
     try:
-        for cell in (c for c in nb.cells if c.cell_type == "code"):
+        for number, cell in enumerate((c for c in nb.cells if c.cell_type == "code"), 1):
             cell.outputs = [nbformat.from_dict(dict(o)) for o in shell.run(cell.source, verbose=verbose)]
             if shell.exc:
-                raise shell.exc
+                reason = str(shell.exc) if isinstance(shell.exc, UserError) else f"{type(shell.exc).__name__}: {shell.exc}"
+                raise UserError(f"{reason}\n  in {notebook}, code cell {number}; earlier results are unchanged") from None
     finally:
         os.chdir(here)
     return nb
 
-# %% ../nbs/lib/60_run.ipynb #2a876d5e
-def launch_notebook(
-    notebook: Path,  # notebook to execute, with an `out` parameter
+# %% ../nbs/lib/60_run.ipynb #6e068be1
+def run_in_process(
+    notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
     parameters: Mapping[str, Any] | None = None,  # values for its parameters cell
+    show: bool = False,  # print the notebook's lines while it runs
 ) -> list[Path]:  # files now in `target`; empty for all but the first process
-    "Execute a notebook in this process, one of those started by `accelerate launch`. Errors as for `run_notebook`."
+    "As `run_notebook`, in this process; one of several, if `accelerate launch` started it."
     notebook, target, given = Path(notebook), Path(target), dict(parameters or {})
     rank = int(os.environ.get("RANK", "0"))
     staging = target / (f".staging-{rank}" if rank else ".staging")
     check_parameters(notebook, given)
-    given["out"] = Path(os.path.relpath(staging, notebook.parent)).as_posix()
+    if "out" in notebook_parameters(notebook):
+        given["out"] = Path(os.path.relpath(staging, notebook.parent)).as_posix()
     shutil.rmtree(staging, ignore_errors=True)
     _make_folder(staging)
     try:
-        nb = parameterize_notebook(load_notebook_node(str(notebook)), given)
-        nbformat.write(normalise(_run_cells(nb, notebook.parent, verbose=rank == 0)), staging / notebook.name)
+        nb = load_notebook_node(str(notebook))
+        nb = parameterize_notebook(nb, given) if given else nb
+        nbformat.write(normalise(_run_cells(nb, notebook, show and not rank)), staging / notebook.name)
         return [] if rank else publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+# %% ../nbs/lib/60_run.ipynb #ccad69a9
+def _fork_loaders() -> None:
+    "Let data loaders fork, as they do in a kernel: a class that a notebook defines cannot be pickled."
+    multiprocessing.set_start_method("fork", force=True)
+
+# %% ../nbs/lib/60_run.ipynb #c1481cbc
+def run_many(
+    notebooks: Iterable[Path],  # independent of each other
+    out: Path,  # each gets a folder of its name in here
+    jobs: int = 2,  # at a time
+    root: Path = Path("."),  # the checkout
+) -> Iterator[Path]:  # executed notebooks, in order
+    "Execute many notebooks, one CPU thread each. `UserError` naming the first that fails."
+    os.environ.update(run_environment(root, threads=1))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pandas", "seaborn", "IPython", "papermill", "moe_lab.run"])
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1, initializer=_fork_loaders) as pool:
+        for waiting in [pool.submit(run_in_process, notebook, Path(out) / notebook.stem) for notebook in notebooks]:
+            yield waiting.result()[0]
 
 # %% ../nbs/lib/60_run.ipynb #046189b3
 def displayed_markdown(

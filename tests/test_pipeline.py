@@ -49,7 +49,7 @@ def test_metrics_and_plots_show(built):
     sources = re.findall(r'<script[^>]+src="([^"]+)"', page)
     assert sources and not any(s.startswith(("http:", "https:", "//")) for s in sources)
     assert all((built.path / "dvc_plots" / s).resolve().is_file() for s in sources)
-    assert "train/box" in page
+    assert "train/loss" in page
 
 
 def test_an_edit_reruns_only_what_it_touches(built):
