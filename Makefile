@@ -7,6 +7,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 export PYTHONHASHSEED := 0
 export GOMP_SPINCOUNT := 1000
+# Packages are installed uncompiled; were Python told to write no caches, each start would compile torch again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: repro test setup sync bench clock clean
 
