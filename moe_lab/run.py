@@ -6,8 +6,9 @@
 __all__ = ['UNSTABLE', 'notebook_parameters', 'check_parameters', 'normalise', 'run_environment', 'Progress', 'explain_failure',
            'publish', 'run_notebook', 'run_in_process', 'run_many', 'displayed_markdown']
 
-# %% ../nbs/lib/60_run.ipynb #1eef235d
+# %% ../nbs/lib/60_run.ipynb #edc9100a
 import ast
+import contextlib
 import io
 import logging
 import multiprocessing
@@ -164,7 +165,32 @@ def publish(
     shutil.rmtree(staging)
     return moved
 
-# %% ../nbs/lib/60_run.ipynb #4e30873c
+# %% ../nbs/lib/60_run.ipynb #0c1683d6
+def _make_folder(path: Path) -> None:
+    "Create `path`, or say why it cannot be."
+    try:
+        path.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"{path}: cannot create this folder ({e.strerror}); check its permissions and the free space") from None
+
+# %% ../nbs/lib/60_run.ipynb #adc98feb
+@contextlib.contextmanager
+def _staged(notebook: Path, staging: Path, parameters: Mapping[str, Any] | None) -> Iterator[tuple[Path, dict]]:
+    "An empty staging folder and checked parameters that point to it; the folder is gone afterwards, whatever happens."
+    given = dict(parameters or {})
+    check_parameters(notebook, given)
+    if "out" in notebook_parameters(notebook):
+        given["out"] = Path(os.path.relpath(staging, notebook.parent)).as_posix()
+    shutil.rmtree(staging, ignore_errors=True)
+    _make_folder(staging)
+    try:
+        yield staging, given
+    except OSError as e:
+        raise UserError(f"{e.filename or staging}: cannot be written ({e.strerror}); free some space or mend its permissions, then run again") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+# %% ../nbs/lib/60_run.ipynb #9cf7e3b4
 def run_notebook(
     notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
@@ -174,31 +200,13 @@ def run_notebook(
     show: bool = True,  # print the notebook's lines while it runs
 ) -> list[Path]:  # files now in `target`
     "Execute, normalise and publish. `UserError` for unknown parameters or a failing cell; `target` then stays as it was."
-    notebook, target, given = Path(notebook), Path(target), dict(parameters or {})
-    staging = target / ".staging"
-    check_parameters(notebook, given)
-    if "out" in notebook_parameters(notebook):
-        given["out"] = Path(os.path.relpath(staging, notebook.parent)).as_posix()
-    shutil.rmtree(staging, ignore_errors=True)
-    _make_folder(staging)
-    os.environ.update(run_environment(root, threads))
-    try:
+    notebook, target = Path(notebook), Path(target)
+    with _staged(notebook, target / ".staging", parameters) as (staging, given):
+        os.environ.update(run_environment(root, threads))
         nb = _execute(notebook, staging / notebook.name, given, target / ".failed" / notebook.name, Progress() if show else None)
         nbformat.write(normalise(nb), staging / notebook.name)
         shutil.rmtree(target / ".failed", ignore_errors=True)
         return publish(staging, target)
-    except OSError as e:
-        raise UserError(f"{e.filename or target}: cannot be written ({e.strerror}); free some space or mend its permissions, then run again") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-# %% ../nbs/lib/60_run.ipynb #0c1683d6
-def _make_folder(path: Path) -> None:
-    "Create `path`, or say why it cannot be."
-    try:
-        path.mkdir(parents=True)
-    except OSError as e:
-        raise UserError(f"{path}: cannot create this folder ({e.strerror}); check its permissions and the free space") from None
 
 # %% ../nbs/lib/60_run.ipynb #057c8660
 def _run_cells(nb: nbformat.NotebookNode, notebook: Path, verbose: bool) -> nbformat.NotebookNode:
@@ -215,7 +223,7 @@ def _run_cells(nb: nbformat.NotebookNode, notebook: Path, verbose: bool) -> nbfo
         os.chdir(here)
     return nb
 
-# %% ../nbs/lib/60_run.ipynb #6e068be1
+# %% ../nbs/lib/60_run.ipynb #7d1abfae
 def run_in_process(
     notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
@@ -223,21 +231,12 @@ def run_in_process(
     show: bool = False,  # print the notebook's lines while it runs
 ) -> list[Path]:  # files now in `target`; empty for all but the first process
     "As `run_notebook`, in this process; one of several, if `accelerate launch` started it."
-    notebook, target, given = Path(notebook), Path(target), dict(parameters or {})
-    rank = int(os.environ.get("RANK", "0"))
-    staging = target / (f".staging-{rank}" if rank else ".staging")
-    check_parameters(notebook, given)
-    if "out" in notebook_parameters(notebook):
-        given["out"] = Path(os.path.relpath(staging, notebook.parent)).as_posix()
-    shutil.rmtree(staging, ignore_errors=True)
-    _make_folder(staging)
-    try:
+    notebook, target, rank = Path(notebook), Path(target), int(os.environ.get("RANK", "0"))
+    with _staged(notebook, target / (f".staging-{rank}" if rank else ".staging"), parameters) as (staging, given):
         nb = load_notebook_node(str(notebook))
         nb = parameterize_notebook(nb, given) if given else nb
         nbformat.write(normalise(_run_cells(nb, notebook, show and not rank)), staging / notebook.name)
         return [] if rank else publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 # %% ../nbs/lib/60_run.ipynb #ccad69a9
 def _fork_loaders() -> None:
