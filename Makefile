@@ -1,4 +1,4 @@
-# Two commands: `make repro` (results and site) and `make test` (all tests). Both set up .venv from the lock when needed.
+# Two commands: `make repro` (results and site) and `make test` (all tests). A third, for hours: `make study` (runs with several seeds). Both set up .venv from the lock when needed.
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 1000
 # Packages are installed uncompiled; were Python told to write no caches, each start would compile torch again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: repro test setup sync bench clock clean
+.PHONY: repro test study setup sync bench clock clean
 
 repro: setup
 	dvc repro
@@ -23,6 +23,11 @@ test: setup sync
 sync: setup
 	@nbdev_export
 	@git diff --quiet -- moe_lab || { git --no-pager diff --stat -- moe_lab; echo 'make: moe_lab/ was not what the notebooks export; commit the change above'; exit 1; }
+
+study: setup                             # only what changed; killed, it goes on where it was; results of a clone need not be at hand
+	@echo 'make: the runs of studies/params.yaml, once a seed: hours on two CPU cores, minutes on a GPU. Stop it at will: the same command goes on.'
+	@dvc repro data.dvc studies/dvc.yaml:plan
+	@dvc repro --allow-missing studies/dvc.yaml || { echo 'make: if a checkpoint is missing (it is not in git), make it again: dvc repro studies/dvc.yaml:STAGE, the stage that is named above'; exit 1; }
 
 bench: setup
 	moe-lab run nbs/pipeline/bench.ipynb --out bench -p repeats=30
@@ -43,4 +48,4 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf build site runs/*/.staging runs/*/.resume runs/*/.failed
+	rm -rf build site runs/*/.staging runs/*/.resume runs/*/.failed studies/*/*/.staging studies/*/*/.resume studies/*/*/.failed

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
-           'write_closures']
+           'write_closures', 'plan_text', 'write_plans']
 
-# %% ../nbs/lib/61_closure.ipynb #8c9ba248
+# %% ../nbs/lib/61_closure.ipynb #32604e33
 import ast
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Iterable
@@ -16,6 +17,7 @@ from typing import Iterable
 import nbformat
 
 from .detectors import REGISTRY
+from .params import Params, UserError, load
 
 # %% ../nbs/lib/61_closure.ipynb #781bb801
 PACKAGE = "moe_lab"
@@ -108,3 +110,31 @@ def write_closures(
         file.write_text(closure_text(names, root), encoding="utf-8")
         files.append(file)
     return files
+
+# %% ../nbs/lib/61_closure.ipynb #90701304
+def plan_text(
+    name: str,  # a run
+    params: Params,  # with the profile applied
+    closures: Path,  # folder written by `write_closures`
+) -> str:  # hashes, then JSON
+    "Everything but the data that a training depends on: its code and its parameters."
+    settings = {"threads": params.threads, **params.run(name).model_dump(mode="json", exclude={"seed"})}
+    code = Path(closures) / "train" / f"{settings['detector']}.txt"
+    if not code.is_file():
+        raise UserError(f"{code}: missing; `moe-lab code` writes it")
+    return code.read_text(encoding="utf-8") + json.dumps(settings, indent=1, sort_keys=True) + "\n"
+
+# %% ../nbs/lib/61_closure.ipynb #3eaf9862
+def write_plans(
+    params_file: Path,  # parameter file
+    profile: str,  # one of its profiles
+    out: Path = Path("build/study"),  # folder for the files; replaced as a whole
+    closures: Path = Path("build/code"),  # folder written by `write_closures`
+) -> list[Path]:  # one file a run
+    "Write the plan of every run."
+    params = load(params_file, profile)
+    shutil.rmtree(out, ignore_errors=True)
+    Path(out).mkdir(parents=True)
+    for name in params.runs:
+        (Path(out) / f"{name}.txt").write_text(plan_text(name, params, closures), encoding="utf-8")
+    return sorted(Path(out).glob("*.txt"))

@@ -6,12 +6,12 @@
 __all__ = ['AREAS', 'SUMMARY', 'Result', 'quiet', 'load_ground_truth', 'match', 'summary_number', 'only_images', 'evaluate_coco',
            'coco_results', 'predict']
 
-# %% ../nbs/lib/41_evaluate.ipynb #1a869df8
+# %% ../nbs/lib/41_evaluate.ipynb #be404ba6
 import contextlib
 import copy
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -180,13 +180,14 @@ def coco_results(
     order = np.argsort(-scores, kind="stable").tolist()
     return [dict(image_id=image_id, category_id=category_ids[labels[k]], bbox=boxes[k], score=float(scores[k])) for k in order]
 
-# %% ../nbs/lib/41_evaluate.ipynb #d5a2263b
+# %% ../nbs/lib/41_evaluate.ipynb #af03887d
 @torch.inference_mode()
 def predict(
     model: torch.nn.Module,  # any detector
     loader: DataLoader,  # made without shuffling
     evaluate: EvalParams,  # confidence, NMS, number of detections
     category_ids: list[int] | None = None,  # by class index; the dataset's own if None
+    observer: Callable[[dict, object], None] = lambda batch, outputs: None,  # sees every batch and its raw outputs
 ) -> list[dict]:  # COCO results
     "All detections on a dataset."
     category_ids = category_ids or [c["id"] for c in loader.dataset.categories]
@@ -194,7 +195,9 @@ def predict(
     model.eval()
     for batch in loader:
         batch = to_device(batch, device)
-        for image_id, found in zip(batch["image_ids"], model.detect(model(batch), batch, evaluate)):
+        outputs = model(batch)
+        observer(batch, outputs)
+        for image_id, found in zip(batch["image_ids"], model.detect(outputs, batch, evaluate)):
             results += coco_results(found, image_id, category_ids)
     model.train(training)
     return sorted(gather_object(results), key=lambda r: r["image_id"])

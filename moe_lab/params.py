@@ -91,13 +91,13 @@ class EvalParams(Strict):
     max_detections: int = Field(300, ge=1, description="detections kept per image")
     batch_size: int = Field(32, ge=1, description="images per forward pass")
 
-# %% ../nbs/lib/00_params.ipynb #1f33fa10
+# %% ../nbs/lib/00_params.ipynb #65f11982
 class RunParams(Strict):
     "One entry under `runs:`: a detector, trained and judged on a dataset."
     detector: str = Field(description="a name in the detector registry")
     dataset: Literal["coco"] = Field("coco", description="format of the data")
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
-    init_from: str | None = Field(None, description="run whose checkpoint gives the first weights")
+    init_from: str = Field("scratch", description="run whose checkpoint gives the first weights; scratch = random ones")
     model: dict[str, Any] = Field(default_factory=dict, description="the detector's own parameters")
     data: DataParams
     train: TrainParams
@@ -128,16 +128,18 @@ def merged(
         out[key] = merged(out[key], value) if both else value
     return out
 
-# %% ../nbs/lib/00_params.ipynb #2c034ca1
+# %% ../nbs/lib/00_params.ipynb #d3e42dba
 def _apply_profile(raw: Mapping, profile: str, file: str) -> dict:
     profiles = raw.get("profiles") or {}
     if profile not in profiles:
         raise UserError(f"{file}: profile: unknown profile {profile!r}{nearest(profile, profiles)}")
     over, runs = profiles[profile] or {}, raw.get("runs") or {}
-    for name in set(over) - set(runs) - {"*"}:
-        raise UserError(f"{file}: profiles.{profile}.{name}: no such run{nearest(name, runs)}")
-    runs = {name: merged(merged(run or {}, over.get("*") or {}), over.get(name) or {}) for name, run in runs.items()}
-    return {**{k: v for k, v in raw.items() if k != "profiles"}, "profile": profile, "runs": runs}
+    for name, changes in over.items():
+        if name not in runs and name != "*" and (changes or {}).get("extends") not in runs:
+            raise UserError(f"{file}: profiles.{profile}.{name}: no such run{nearest(name, runs)}; a run of this profile only says which one it `extends`")
+    added = {name: runs[changes["extends"]] for name, changes in over.items() if name not in runs and name != "*"}
+    lay = lambda name, run: merged(merged(run or {}, over.get("*") or {}), {k: v for k, v in (over.get(name) or {}).items() if k != "extends"})
+    return {**{k: v for k, v in raw.items() if k != "profiles"}, "profile": profile, "runs": {n: lay(n, r) for n, r in {**runs, **added}.items()}}
 
 # %% ../nbs/lib/00_params.ipynb #0e58ec7e
 def _line(raw: Any, path: tuple) -> str:
@@ -221,7 +223,18 @@ def _checked_model(name: str, run: RunParams, file: str, raw: Any) -> RunParams:
     checked = validated(registry.params_class(run.detector), run.model, file, ("runs", name, "model"), raw)
     return run.model_copy(update={"model": checked.model_dump()})
 
-# %% ../nbs/lib/00_params.ipynb #f6a2e323
+# %% ../nbs/lib/00_params.ipynb #1a08af1a
+def _check_start(name: str, runs: Mapping[str, RunParams], file: str, raw: Any) -> None:
+    "`UserError` if a run starts from an unknown one, or, by any number of steps, from itself."
+    where, seen = ("runs", name, "init_from"), [name]
+    while (start := runs[seen[-1]].init_from) != "scratch":
+        if start not in runs:
+            raise UserError(f"{file}{_line(raw, where)}: {'.'.join(where)}: no run {start!r}{nearest(start, runs)}")
+        if start in seen:
+            raise UserError(f"{file}{_line(raw, where)}: {'.'.join(where)}: {' from '.join([*seen, start])} is a circle; let one of them start from scratch")
+        seen.append(start)
+
+# %% ../nbs/lib/00_params.ipynb #244f1356
 def load(
     path: str | Path = "params.yaml",  # parameter file
     profile: str | None = None,  # overrides the file's own `profile`
@@ -230,9 +243,8 @@ def load(
     raw, file = read_yaml(path), str(path)
     values = _apply_profile(plain(raw), profile or str(raw.get("profile", "tiny")), file)
     params = validated(Params, values, file, raw=raw)
-    for name, run in params.runs.items():
-        if run.init_from is not None and run.init_from not in params.runs:
-            raise UserError(f"{file}: runs.{name}.init_from: no run {run.init_from!r}{nearest(run.init_from, params.runs)}")
+    for name in params.runs:
+        _check_start(name, params.runs, file, raw)
     return params.model_copy(update={"runs": {name: _checked_model(name, run, file, raw) for name, run in params.runs.items()}})
 
 # %% ../nbs/lib/00_params.ipynb #525950f9

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['INK', 'PALETTE', 'CONDITION_COLOURS', 'SIZES', 'set_style', 'si', 'ap', 'percent', 'listed', 'plural', 'say', 'table',
            'run_file', 'read_json', 'Run', 'load_run', 'load_runs', 'group', 'ranked', 'first', 'last', 'summary',
-           'loss_terms', 'plot_losses', 'plot_scores', 'plot_history', 'plot_bars', 'hexadecimal', 'plot_where',
+           'load_studies', 'by_seed', 'Spread', 'spread', 'Paired', 'compare', 'plot_differences', 'loss_terms',
+           'plot_losses', 'plot_scores', 'plot_history', 'plot_bars', 'hexadecimal', 'plot_where',
            'plot_precision_recall', 'plot_calibration', 'load_bench', 'machine', 'timings']
 
-# %% ../nbs/lib/50_report.ipynb #40c737ae
+# %% ../nbs/lib/50_report.ipynb #7c505179
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,7 @@ from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from scipy.stats import t as student
 
 from .params import UserError, nearest
 
@@ -113,7 +116,7 @@ def table(
     columns = list(rows[0])
     return "\n".join([line(columns), line([":--"] + ["--:"] * (len(columns) - 1)), *(line(r[c] for c in columns) for r in rows)])
 
-# %% ../nbs/lib/50_report.ipynb #887499df
+# %% ../nbs/lib/50_report.ipynb #4af0411c
 def run_file(
     folder: Path,  # runs/<run>
     name: str,  # 'metrics.json'
@@ -123,7 +126,8 @@ def run_file(
     if path.is_file(): return path
     runs = sorted(p.parent.name for p in path.parent.parent.glob("*/metrics.json"))
     hint = nearest(path.parent.name, runs) if runs and path.parent.name not in runs else ""
-    raise UserError(f"{'/'.join(path.parts[-3:])}: missing; run `dvc repro train@{path.parent.name}`{hint}")
+    remedy = "make study" if path.parent.name.isdigit() else f"dvc repro train@{path.parent.name}"
+    raise UserError(f"{'/'.join(path.parts[-3:])}: missing; run `{remedy}`{hint}")
 
 # %% ../nbs/lib/50_report.ipynb #563ce7a9
 def read_json(
@@ -133,7 +137,7 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error: raise UserError(f"{path}: not valid JSON ({error}); restore it with `dvc checkout` or rerun its stage") from None
 
-# %% ../nbs/lib/50_report.ipynb #2ea325af
+# %% ../nbs/lib/50_report.ipynb #29fe3fb3
 @dataclass(frozen=True)
 class Run:
     "What a run left behind: `metrics` as a dict of splits, `history` as one row an epoch, `predictions` as COCO results by split."
@@ -145,6 +149,11 @@ class Run:
     @cached_property
     def predictions(self) -> dict[str, list[dict]]:
         return read_json(run_file(self.folder, "predictions.json"))
+
+    @cached_property
+    def routing(self) -> dict[str, list[dict]]:
+        path = Path(self.folder) / "routing.json"
+        return read_json(path) if path.is_file() else {}
 
 # %% ../nbs/lib/50_report.ipynb #36f2ae79
 def load_run(
@@ -199,6 +208,93 @@ def summary(
     val, test, model = (run.metrics.get(k, {}) for k in ("val", "test", "model"))
     scores = {f"{name} {metric}": ap(split.get(metric)) for name, split in (("val", val), ("test", test)) for metric in ("AP50", "AP")}
     return {"run": run.name, **scores, "parameters": si(model.get("parameters", float("nan"))), "FLOPs": si(model.get("flops", float("nan")))}
+
+# %% ../nbs/lib/50_report.ipynb #d27df3ca
+def load_studies(
+    root: str | Path = "studies",  # folder of all studies
+) -> dict[str, dict[int, Run]]:  # run -> seed -> what it left; empty if there was no study yet
+    "Every repeated run, by name and seed."
+    folders = sorted((p.parent for p in Path(root).glob("*/*/metrics.json") if p.parent.name.isdigit()), key=lambda f: (f.parent.name, int(f.name)))
+    studies: dict[str, dict[int, Run]] = {}
+    for folder in folders: studies.setdefault(folder.parent.name, {})[int(folder.name)] = load_run(folder.name, folder.parent)
+    return studies
+
+# %% ../nbs/lib/50_report.ipynb #20ed6d7f
+def by_seed(
+    repeats: Mapping[int, Run],  # seed -> run
+    metric: str,  # 'AP50'
+    split: str = "test",  # part of metrics.json
+) -> dict[int, float]:  # seed -> value
+    "One metric of every seed."
+    values = {seed: run.metrics.get(split, {}).get(metric, -1) for seed, run in repeats.items()}
+    return {seed: value for seed, value in values.items() if value >= 0}
+
+# %% ../nbs/lib/50_report.ipynb #38a45b84
+@dataclass(frozen=True)
+class Spread:
+    "Mean and standard deviation of `n` values; NaN where there are too few."
+    mean: float
+    std: float
+    n: int
+
+    def __str__(self) -> str:
+        width = "" if math.isnan(self.std) else f" ± {self.std:.3f}"
+        return f"{ap(self.mean)}{width} ({plural(self.n, 'seed')})" if self.n else "–"
+
+def spread(
+    values: Iterable[float],  # one a seed
+) -> Spread:  # str() of it is '0.562 ± 0.011 (3 seeds)'
+    "Mean, standard deviation and number of the values."
+    values = list(values)
+    mean = statistics.fmean(values) if values else math.nan
+    return Spread(mean, statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+# %% ../nbs/lib/50_report.ipynb #09876990
+@dataclass(frozen=True)
+class Paired:
+    "Differences of one metric, seed by seed: how large, how sure, and in a word."
+    differences: dict[int, float]
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        if math.isnan(self.low): return "unknown"
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "within the spread"
+
+    def __str__(self) -> str:
+        if not self.differences: return "–"
+        interval = "" if math.isnan(self.low) else f", 95 % interval {self.low:+.3f} to {self.high:+.3f}"
+        return f"{self.mean:+.3f} ({plural(len(self.differences), 'seed')}{interval})"
+
+# %% ../nbs/lib/50_report.ipynb #ed517288
+def compare(
+    one: Mapping[int, float],  # seed -> value
+    other: Mapping[int, float],  # seed -> value; only seeds that both have count
+    confidence: float = 0.95,  # of the interval
+) -> Paired:  # of one minus other
+    "Paired comparison over seeds: mean difference with its Student's t interval."
+    differences = {seed: one[seed] - other[seed] for seed in one if seed in other}
+    s = spread(differences.values())
+    half = student.ppf((1 + confidence) / 2, s.n - 1) * s.std / math.sqrt(s.n) if s.n > 1 else math.nan
+    return Paired(differences, s.mean, s.mean - half, s.mean + half)
+
+# %% ../nbs/lib/50_report.ipynb #5da9cce1
+def plot_differences(
+    found: Mapping[str, Paired],  # name -> comparison, first on top
+    axes: Axes,  # drawn into
+    title: str = "",  # what minus what
+) -> None:
+    "Differences with their intervals; coloured where the interval leaves out zero."
+    colours = {"better": PALETTE[2], "worse": PALETTE[3]}
+    for row, pair in enumerate(found.values()):
+        colour = colours.get(pair.verdict, PALETTE[-1])
+        if not math.isnan(pair.low): axes.plot([pair.low, pair.high], [row, row], color=colour, linewidth=2)
+        axes.plot(pair.mean, row, marker="o", color=colour)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set(title=title, yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    axes.grid(False, axis="y")
 
 # %% ../nbs/lib/50_report.ipynb #27150794
 def loss_terms(

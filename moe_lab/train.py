@@ -235,7 +235,7 @@ def set_lr(self: Trainer) -> float:  # the learning rate of this step
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
-# %% ../nbs/lib/40_train.ipynb #96736542
+# %% ../nbs/lib/40_train.ipynb #45860b2b
 @patch
 def train_batch(
     self: Trainer,
@@ -255,7 +255,8 @@ def train_batch(
     if last:
         self.optimizer_step()
     self.batch += 1
-    for name, value in values.items():
+    observed = getattr(self.model, "observe", dict)()
+    for name, value in ({f"train/{n}": v for n, v in values.items()} | observed).items():
         self.sums[name] = self.sums.get(name, 0.0) + value
 
 # %% ../nbs/lib/40_train.ipynb #190592c9
@@ -343,7 +344,7 @@ def train_epoch(
     times = dict(seconds=time.perf_counter() - start, waiting=waited, evaluating=0.0)
     self.seconds.append(dict(times, epoch=self.epoch + 1, batches=self.batch - begun))
 
-# %% ../nbs/lib/40_train.ipynb #48d94ea7
+# %% ../nbs/lib/40_train.ipynb #813f2543
 @patch
 def end_epoch(
     self: Trainer,
@@ -351,15 +352,16 @@ def end_epoch(
 ) -> None:
     "Evaluate if due, add the row, turn to the next epoch."
     p, start = self.params.train, time.perf_counter()
-    means = {f"train/{name}": total / self.batch for name, total in self.sums.items()}
-    row = dict(epoch=self.epoch + 1, lr=self.lr, **means, **{"train/loss": sum(means.values())})
+    means = {name: total / self.batch for name, total in self.sums.items()}
+    loss = sum(mean for name, mean in means.items() if name.startswith("train/"))
+    further = getattr(self.model, "summarise", lambda means: {})(means)
+    row = dict(epoch=self.epoch + 1, lr=self.lr, **means, **{"train/loss": loss}, **further)
     if evaluate and ((self.epoch + 1) % p.eval_every == 0 or self.epoch + 1 == p.epochs):
         self.best.eval()
-        row |= {f"val/{name}": value for name, value in evaluate(self.best, self.epoch).items()}
+        row |= {name if "/" in name else f"val/{name}": value for name, value in evaluate(self.best, self.epoch).items()}
     self.rows.append(row)
     self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
     self.seconds[-1]["evaluating"] = time.perf_counter() - start
-    self.log(epoch_line(row, p.epochs))
 
 # %% ../nbs/lib/40_train.ipynb #ebed5a87
 @patch
@@ -383,7 +385,7 @@ def save_results(
         checkpoint.write_bytes(Path(out) / "history.csv", history_csv(self.rows).encode())
         checkpoint.write_json(Path(out) / "timing.json", self.timing())
 
-# %% ../nbs/lib/40_train.ipynb #3d2ce7e4
+# %% ../nbs/lib/40_train.ipynb #4d39a9a1
 def train(
     model: torch.nn.Module,  # any detector
     loader: DataLoader,  # made with shuffle=True
@@ -396,6 +398,7 @@ def train(
     files: Iterable[str | Path] = (),  # data files whose change makes a saved state useless
     save_seconds: float = 300.0,  # between two saves within an epoch
     log: Callable[[str], None] = print,  # takes one line per epoch
+    watch: Callable[[dict[str, float]], Iterable[object]] = lambda row: (),  # warnings about a row of the history
 ) -> Trainer:  # with `best` (the model to keep) and `rows` (the history)
     "Train any detector; started again after a kill, it goes on and ends with the same bytes."
     trainer = Trainer(model, loader, params, run, log)
@@ -404,11 +407,13 @@ def train(
     resumed = trainer.load_state(resume, mark) if resume else ""
     if resumed:
         trainer.log(f"[resume] {resumed}")
+    tell = lambda row: [trainer.log(line) for line in (epoch_line(row, params.train.epochs), *(f"  [!] {w}" for w in watch(row)))]
     for row in trainer.rows:
-        trainer.log(epoch_line(row, params.train.epochs))
+        tell(row)
     while trainer.epoch < params.train.epochs:
         trainer.train_epoch(save, save_seconds)
         trainer.end_epoch(evaluate)
+        tell(trainer.rows[-1])
         save()
     trainer.save_results(out, metadata)
     return trainer

@@ -9,9 +9,11 @@ __all__ = ['REGISTRY', 'detector_class', 'params_class', 'build']
 import importlib
 from ..params import Strict, UserError, nearest, validated
 
-# %% ../../nbs/lib/39_detectors.ipynb #7f9cfc8b
+# %% ../../nbs/lib/39_detectors.ipynb #298f246c
 REGISTRY = {
     "yolov7_tiny": "moe_lab.detectors.yolov7:YOLOv7Tiny",
+    "moe_yolo": "moe_lab.detectors.moe_yolo:MoEYOLO",
+    "four_head": "moe_lab.detectors.four_head:FourHead",
 }
 
 def detector_class(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONE', 'NECK', 'HEAD', 'ANCHORS', 'STRIDES', 'OPERATIONS', 'PARTS', 'Row', 'read_table', 'Conv', 'Concat',
            'fold_norm', 'Implicit', 'implicit_conv', 'Detect', 'build_rows', 'run_rows', 'decay_groups', 'YOLOv7Params',
-           'decode', 'YOLOv7Tiny', 'fuse']
+           'decode', 'YOLOv7Tiny', 'yolo_loss', 'suppressed', 'in_original', 'fuse']
 
 # %% ../../nbs/lib/31_yolov7.ipynb #2f34b62a
 import copy
@@ -115,7 +115,7 @@ def implicit_conv(
 ANCHORS = ((10, 13, 16, 30, 33, 23), (30, 61, 62, 45, 59, 119), (116, 90, 156, 198, 373, 326)) # width, height in pixels; strides 8, 16, 32
 STRIDES = (8, 16, 32) # pixels per cell
 
-# %% ../../nbs/lib/31_yolov7.ipynb #e7de5f5a
+# %% ../../nbs/lib/31_yolov7.ipynb #fe52fcbd
 class Detect(nn.Module):
     "Implicit-knowledge detection head: three maps (B, C, H, W) -> three raw maps (B, anchors, H, W, classes + 5)."
     def __init__(
@@ -134,6 +134,10 @@ class Detect(nn.Module):
         self.register_buffer("anchors", pixels / torch.tensor(STRIDES)[:, None, None]) # in cells, as in official checkpoints
         self.register_buffer("anchor_grid", pixels.view(len(anchors), 1, -1, 1, 1, 2)) # in pixels
         self.start_bias()
+
+    @property
+    def pixels(self): # (levels, anchors, 2)
+        return self.anchor_grid.flatten(0, 4).view(len(STRIDES), -1, 2)
 
     @torch.no_grad()
     def start_bias(self):
@@ -235,7 +239,7 @@ def decode(
     row, label = row[order], label[order]
     return cells.image[row], Detections(boxes[row], scores[row, label], label)
 
-# %% ../../nbs/lib/31_yolov7.ipynb #7151a557
+# %% ../../nbs/lib/31_yolov7.ipynb #9895575b
 PARTS = dict(backbone=range(29), neck=range(29, 74), head=range(74, 78)) # module numbers
 
 class YOLOv7Tiny(nn.Module):
@@ -257,7 +261,7 @@ class YOLOv7Tiny(nn.Module):
         self.model = nn.ModuleList([*modules, Detect(num_classes, [channels[i] for i in self.rows[-1].inputs], anchors)])
 
     @property
-    def anchors(self): return self.model[-1].anchor_grid.flatten(0, 4).view(len(STRIDES), -1, 2)
+    def anchors(self): return self.model[-1].pixels
 
 # %% ../../nbs/lib/31_yolov7.ipynb #3b00bdec
 @patch
@@ -271,7 +275,19 @@ def forward(
         raise ValueError(f"images are {images.shape[3]}x{images.shape[2]} pixels: both sides must be multiples of 32; letterbox them first")
     return run_rows(self.rows, self.model, {-1: images.contiguous(memory_format=torch.channels_last)})
 
-# %% ../../nbs/lib/31_yolov7.ipynb #46cd3b66
+# %% ../../nbs/lib/31_yolov7.ipynb #bc99f477
+def yolo_loss(
+    outputs: list[Tensor], # raw maps
+    targets: list[dict], # per image: boxes (n, 4) xyxy in input pixels, labels (n,)
+    anchors: Tensor, # (levels, anchors, 2) pixels
+    params: YOLOv7Params, # which loss, and its gains
+    weights: Tensor | None = None # (B,) what each image counts
+) -> dict[str, Tensor]: # box, obj, cls: weighted scalars
+    "The loss that the parameters ask for."
+    gains = Gains(*(params.loss_scale * g for g in (params.box_gain, params.obj_gain, params.cls_gain)))
+    return dict(ota=ota_loss, anchor=anchor_loss)[params.loss](outputs, targets, anchors, STRIDES, gains, weights)
+
+# %% ../../nbs/lib/31_yolov7.ipynb #81435794
 @patch
 def loss(
     self: YOLOv7Tiny,
@@ -279,9 +295,7 @@ def loss(
     batch: dict # with `targets`
 ) -> dict[str, Tensor]: # box, obj, cls: weighted scalars, to be summed
     "Loss terms of a batch."
-    p = self.params
-    gains = Gains(*(p.loss_scale * g for g in (p.box_gain, p.obj_gain, p.cls_gain)))
-    return dict(ota=ota_loss, anchor=anchor_loss)[p.loss](outputs, batch["targets"], self.anchors, STRIDES, gains)
+    return yolo_loss(outputs, batch["targets"], self.anchors, self.params)
 
 @patch
 def param_groups(
@@ -291,7 +305,28 @@ def param_groups(
     "Weights, scales and biases."
     return decay_groups(self, train.weight_decay)
 
-# %% ../../nbs/lib/31_yolov7.ipynb #0943905c
+# %% ../../nbs/lib/31_yolov7.ipynb #fd7303ba
+def suppressed(
+    outputs: list[Tensor], # raw maps
+    anchors: Tensor, # (levels, anchors, 2) pixels
+    evaluate, # EvalParams: conf, nms_iou, max_detections
+    multi_label: bool = True # one detection per passing class
+) -> list[Detections]: # one per image, in input pixels, best first
+    "Decoded detections after non-maximum suppression."
+    image, found = decode(outputs, anchors, evaluate.conf, multi_label)
+    sizes = torch.bincount(image, minlength=len(outputs[0])).tolist()
+    each = [found[start:start + n] for start, n in zip(torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes)]
+    return [d[nms(d.boxes, d.scores, d.labels, evaluate.nms_iou, evaluate.max_detections)] for d in each]
+
+def in_original(
+    found: list[Detections], # in input pixels
+    batch: dict # with `letterbox` and `sizes`
+) -> list[Detections]: # in pixels of the original images, clipped to them
+    "Undo the letterbox of every image."
+    return [Detections(undo_letterbox(d.boxes, box, size), d.scores, d.labels, d.extra)
+            for d, box, size in zip(found, batch["letterbox"], batch["sizes"])]
+
+# %% ../../nbs/lib/31_yolov7.ipynb #26780cc7
 @patch
 @torch.no_grad()
 def detect(
@@ -301,11 +336,7 @@ def detect(
     evaluate # EvalParams: conf, nms_iou, max_detections
 ) -> list[Detections]: # one per image, in pixels of the original image
     "Detections of a batch, best first."
-    image, found = decode(outputs, self.anchors, evaluate.conf, self.params.multi_label)
-    sizes = torch.bincount(image, minlength=len(outputs[0])).tolist()
-    each = [found[start:start + n] for start, n in zip(torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes)]
-    each = [d[nms(d.boxes, d.scores, d.labels, evaluate.nms_iou, evaluate.max_detections)] for d in each]
-    return [Detections(undo_letterbox(d.boxes, box, size), d.scores, d.labels) for d, box, size in zip(each, batch["letterbox"], batch["sizes"])]
+    return in_original(suppressed(outputs, self.anchors, evaluate, self.params.multi_label), batch)
 
 # %% ../../nbs/lib/31_yolov7.ipynb #7eda416a
 def fuse(

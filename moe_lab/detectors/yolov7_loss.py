@@ -167,41 +167,53 @@ def scaled_gains(
     share = REFERENCE_LEVELS / levels
     return Gains(gains.box * share, gains.obj * share * area / REFERENCE_SIZE ** 2, gains.cls * share * num_classes / REFERENCE_CLASSES)
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #ed7d59cf
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #8a6fc343
 def _cross_entropy(logits, target):
     return F.softplus(logits) - logits * target
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #7a722232
+def _cell_weights(cells, levels, weights=None):
+    "(k,) what each chosen cell counts, so that a sum over cells is a (weighted) mean per level."
+    own = torch.ones_like(cells.level, dtype=torch.float32) if weights is None else weights[cells.image]
+    total = own.new_zeros(levels).index_add_(0, cells.level, own.detach())
+    return own / total[cells.level].clamp(min=1e-12)
+
+def _mean_over_images(values, weights=None):
+    "Mean of (B, n) values; images weigh (B,) `weights`."
+    return values.mean() if weights is None else (values.mean(1) * weights).sum() / weights.detach().sum()
+
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #7093b2b6
 def bill(
     raw: Tensor, # (k, classes + 5) responsible predictions
     objectness: list[Tensor], # per level (B, A * H * W) logits of all predictions
     cells: Cells, # where the responsible ones are
     objects: Objects, # whole batch
     grid: Grid, # where predictions lie
-    gains: Gains = Gains() # at the reference setting
+    gains: Gains = Gains(), # at the reference setting
+    weights: Tensor | None = None # (B,) what each image counts; None = all the same
 ) -> dict[str, Tensor]: # box, obj, cls: weighted scalars
     "The weighted loss once responsibility is settled."
     num_classes, levels = raw.shape[1] - 5, len(objectness)
     gains = scaled_gains(gains, num_classes, float(grid.cells[0].prod() * grid.strides[0] ** 2), levels)
-    weight = 1 / torch.bincount(cells.level, minlength=levels).float()[cells.level]
+    weight = _cell_weights(cells, levels, weights)
     quality = aligned_ciou(decode_cells(raw, cells, grid), cxcywh_to_xyxy(objects.boxes[cells.object]))
     target = objectness_targets(quality, cells, grid, [o.shape for o in objectness])
-    obj = sum(b * _cross_entropy(o, t).mean() for b, o, t in zip(BALANCE, objectness, target))
+    obj = sum(b * _mean_over_images(_cross_entropy(o, t), weights) for b, o, t in zip(BALANCE, objectness, target))
     cls = _cross_entropy(raw[:, 5:], F.one_hot(objects.labels[cells.object], num_classes)).mean(1) if num_classes > 1 else 0 * raw[:, 5]
     return dict(box=gains.box * ((1 - quality) * weight).sum(), obj=gains.obj * obj, cls=gains.cls * (cls * weight).sum())
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #98de9822
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #cca9ae86
 def anchor_loss(
     outputs: list[Tensor], # raw maps (B, anchors, H/stride, W/stride, classes + 5)
     targets: list[dict], # per image: boxes (n, 4) xyxy in input pixels, labels (n,)
     anchors: Tensor, # (levels, anchors, 2) pixels
     strides: tuple[float, ...] = (8, 16, 32), # pixels per cell
-    gains: Gains = Gains() # at the reference setting
+    gains: Gains = Gains(), # at the reference setting
+    weights: Tensor | None = None # (B,) what each image counts; None = all the same
 ) -> dict[str, Tensor]: # box, obj, cls: weighted scalars
     "Every anchor that fits an object in shape learns it, in three cells. Source: YOLOv5/v7 (Wang 2022), `spec/2_moe_yolo.md`."
     objects, grid = join_targets(targets, outputs[0].device), grid_of(outputs, anchors, strides)
     cells = find_candidates(objects, grid)
-    return bill(*read_maps(outputs, cells), cells, objects, grid, gains)
+    return bill(*read_maps(outputs, cells), cells, objects, grid, gains, weights)
 
 # %% ../../nbs/lib/30_yolov7_loss.ipynb #b5f4c06f
 def _slots(
@@ -277,17 +289,18 @@ def ota_assign(
     winner = shelf(torch.arange(len(objects.image), device=raw.device)).gather(1, owner)
     return back(owned), back(winner)
 
-# %% ../../nbs/lib/30_yolov7_loss.ipynb #6f653cdb
+# %% ../../nbs/lib/30_yolov7_loss.ipynb #db720f16
 def ota_loss(
     outputs: list[Tensor], # raw maps (B, anchors, H/stride, W/stride, classes + 5)
     targets: list[dict], # per image: boxes (n, 4) xyxy in input pixels, labels (n,)
     anchors: Tensor, # (levels, anchors, 2) pixels
     strides: tuple[float, ...] = (8, 16, 32), # pixels per cell
-    gains: Gains = Gains() # at the reference setting
+    gains: Gains = Gains(), # at the reference setting
+    weights: Tensor | None = None # (B,) what each image counts; None = all the same
 ) -> dict[str, Tensor]: # box, obj, cls: weighted scalars
     "Candidates bid for objects, the winners learn them. Source: YOLOv7 (Wang 2022), `spec/2_moe_yolo.md`."
     objects, grid = join_targets(targets, outputs[0].device), grid_of(outputs, anchors, strides)
     cells = find_candidates(objects, grid)
     raw, objectness = read_maps(outputs, cells)
     won, owner = ota_assign(raw, cells, objects, grid, len(outputs[0]))
-    return bill(raw[won], objectness, Cells(*(t[won] for t in (*cells[:5], owner))), objects, grid, gains)
+    return bill(raw[won], objectness, Cells(*(t[won] for t in (*cells[:5], owner))), objects, grid, gains, weights)

@@ -1,0 +1,110 @@
+"""The study pipeline as a user drives it: a first seed, another seed, a variant, a fresh clone. In order; each test goes on where the last one stopped."""
+import re
+import time
+
+import pytest
+from conftest import ROOT, Checkout
+from ruamel.yaml import YAML
+
+from moe_lab.params import load
+from moe_lab.report import by_seed, load_studies
+
+RESULTS = {"metrics.json", "history.csv", "routing.json", "tier.json"}
+
+
+def read(file: str) -> dict:
+    return YAML(typ="safe").load((ROOT / file).read_text())
+
+
+def ran(done) -> list[str]:
+    return [stage.removeprefix("studies/dvc.yaml:") for stage in re.findall(r"Running stage '([^']+)'", done.stdout)]
+
+
+def trained(done) -> list[str]:
+    return [stage for stage in ran(done) if "@" in stage]
+
+
+def study(here: Checkout, ok: bool = True):
+    return here.call("make", "-o", "setup", "study", ok=ok)
+
+
+@pytest.fixture(scope="module")
+def studied(checkout):
+    "A study of one run with one seed, of seconds."
+    (checkout.path / "studies/params.yaml").write_text("seeds: [0]\nfrom_scratch: [yolov7_tiny]\nfrom_yolov7_tiny: []\n")
+    checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
+    checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", "studies/yolov7_tiny", "studies/yolov7_tiny_more")
+    assert trained(study(checkout)) == ["from_scratch@yolov7_tiny-0"]
+    checkout.commit()
+    return checkout
+
+
+# --- what the files say -------------------------------------------------------------------------------------------------------------
+
+def test_no_run_starts_from_itself():
+    starts = {name: run.get("init_from") for name, run in read("params.yaml")["runs"].items()}
+    for name in starts:
+        chain = [name]
+        while chain[-1] != "scratch":
+            chain.append(starts[chain[-1]])
+            assert chain[-1] not in chain[:-1], chain
+    train = read("dvc.yaml")["stages"]["train"]["do"]
+    assert "runs/${item.init_from}/checkpoint.safetensors" in train["deps"]
+
+
+def test_studied_runs_exist_and_start_where_their_list_says():
+    runs, lists, stages = load(ROOT / "params.yaml", "study").runs, read("studies/params.yaml"), read("studies/dvc.yaml")["stages"]
+    seeds = lists.pop("seeds")
+    assert len(set(seeds)) == len(seeds) >= 3
+    assert set(lists) == set(stages) - {"plan"}
+    for start, names in lists.items():
+        assert {runs[name].init_from for name in names} == {start.removeprefix("from_")}
+        assert any("checkpoint" in dep for dep in stages[start]["deps"]) == (start != "from_scratch")
+
+
+# --- what happens -------------------------------------------------------------------------------------------------------------------
+
+def test_results_go_to_git_and_the_rest_to_dvc(studied):
+    kept = {name.rsplit("/", 1)[1] for name in studied.call("git", "ls-files", "studies/yolov7_tiny").stdout.split()}
+    assert kept == RESULTS
+    assert studied.call("git", "status", "--porcelain").stdout == ""
+    (found,) = load_studies(studied.path / "studies")["yolov7_tiny"].values()
+    assert 0 <= found.metrics["val"]["AP50"] <= 1 and len(found.history) == 1
+    assert re.search(r"yolov7_tiny/0\s+identical", studied.call("moe-lab", "verify", "--studies", ok=False).stdout)
+
+
+def test_a_second_study_runs_nothing_and_is_quick(studied):
+    start = time.monotonic()
+    assert ran(study(studied)) == [] and time.monotonic() - start < 10  # two cores may be busy; 2.5 s when they are not
+
+
+def test_a_fresh_clone_runs_nothing_although_it_has_no_checkpoints(studied, tmp_path):
+    studied.call("git", "clone", "-q", ".", str(tmp_path / "clone"))
+    clone = Checkout(tmp_path / "clone")
+    assert trained(study(clone)) == []
+
+
+def test_the_root_pipeline_leaves_the_study_alone(studied):
+    for target in ("analysis_moe_yolo", "site"):
+        upstream = studied.call("dvc", "dag", "--dot", target).stdout
+        assert '"train@moe_yolo"' in upstream and "studies/dvc.yaml" not in upstream
+    assert "studies" not in studied.call("dvc", "metrics", "show", "--json").stdout
+
+
+def test_another_seed_runs_only_that_and_somebody_elses_parameters_nothing(studied):
+    studied.edit("params.yaml", "        epochs: 300", "        epochs: 301")
+    studied.edit("studies/params.yaml", "seeds: [0]", "seeds: [0, 1]")
+    assert ran(study(studied)) == ["plan", "from_scratch@yolov7_tiny-1"]
+    losses = [run.history["train/loss"].iloc[0] for run in load_studies(studied.path / "studies")["yolov7_tiny"].values()]
+    assert losses[0] != losses[1]
+    assert set(by_seed(load_studies(studied.path / "studies")["yolov7_tiny"], "AP50")) <= {0, 1}
+
+
+def test_a_variant_starts_from_the_checkpoint_of_its_seed(studied):
+    studied.edit("studies/params.yaml", "from_yolov7_tiny: []", "from_yolov7_tiny: [yolov7_tiny_more]")
+    done = studied.call("dvc", "repro", "studies/dvc.yaml:from_yolov7_tiny@yolov7_tiny_more-1")
+    assert trained(done) == ["from_yolov7_tiny@yolov7_tiny_more-1"]
+    lock = YAML(typ="safe").load((studied.path / "studies/dvc.lock").read_text())["stages"]
+    files = lambda stage, kind: {entry["path"]: entry["md5"] for entry in lock[stage][kind]}
+    checkpoint = "studies/yolov7_tiny/1/checkpoint.safetensors"
+    assert files("from_yolov7_tiny@yolov7_tiny_more-1", "deps")[checkpoint] == files("from_scratch@yolov7_tiny-1", "outs")[checkpoint]
