@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'Assignment', 'assign', 'Spread', 'Collect', 'keep_in_graph', 'Part', 'run_selected', 'Activation',
-           'FeedForwardExpert', 'GroupedFeedForward', 'MoELayer', 'expert_similarity']
+           'FeedForwardExpert', 'GroupedFeedForward', 'MoELayer']
 
-# %% ../nbs/lib/11_experts.ipynb #7996863e
+# %% ../nbs/lib/11_experts.ipynb #97cce05d
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
@@ -235,12 +234,3 @@ class MoELayer(nn.Module):
         return Collect.apply(values * scale, work.rows, work.places).to(x.dtype).unflatten(0, leading)
 
     def __getstate__(self): return self.__dict__ | dict(routing=None, counts=None)
-
-# %% ../nbs/lib/11_experts.ipynb #51dc6655
-def expert_similarity(
-    outputs: Tensor, # (E, N, ...) every expert's output for the same N items
-) -> float: # -1 to 1
-    "Mean cosine similarity over pairs of experts and items. Source: 004; 1.0 for a single expert."
-    flat = F.normalize(outputs.detach().flatten(2).double() if outputs.ndim > 2 else outputs.detach().double()[..., None], dim=-1)
-    pairs = [(flat[i] * flat[j]).sum(-1).mean().item() for i, j in combinations(range(len(flat)), 2)]
-    return sum(pairs) / len(pairs) if pairs else 1.0

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['clock', 'Stopwatch']
 
-# %% ../nbs/lib/43_stopwatch.ipynb #2d4bd299
+# %% ../nbs/lib/43_stopwatch.ipynb #ea7f9b84
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ def clock(
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
 
-# %% ../nbs/lib/43_stopwatch.ipynb #175bb3cd
+# %% ../nbs/lib/43_stopwatch.ipynb #8a684bd2
 class Stopwatch:
     "Compares candidates and remembers all comparisons, for one record that names the machine."
 
@@ -42,11 +41,10 @@ class Stopwatch:
     ) -> pd.DataFrame: # median and fastest in ms; speed_up = first / median; ratio = median over turns of time / the first's time in the same turn
         "Time the candidates in turns, after one call of each to warm up."
         for call in candidates.values(): call()
-        turns = [{name: clock(call) for name, call in candidates.items()} for _ in range(self.repeats)]
-        first = next(iter(candidates))
-        median = lambda value: statistics.median(map(value, turns))
-        rows = [dict(what=what, how=name, median_ms=round(median(lambda t: t[name]), 2), fastest_ms=round(min(t[name] for t in turns), 2),
-                     speed_up=round(median(lambda t: t[first]) / median(lambda t: t[name]), 2), ratio=round(median(lambda t: t[name] / t[first]), 3)) for name in candidates]
+        turns = pd.DataFrame([{name: clock(call) for name, call in candidates.items()} for _ in range(self.repeats)])
+        first, median, ratio = turns.iloc[:, 0], turns.median(), turns.div(turns.iloc[:, 0], axis=0).median()
+        rows = [dict(what=what, how=name, median_ms=round(median[name], 2), fastest_ms=round(turns[name].min(), 2),
+                     speed_up=round(first.median() / median[name], 2), ratio=round(ratio[name], 3)) for name in candidates]
         self.records += rows
         return pd.DataFrame(rows)
 

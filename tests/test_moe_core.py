@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from moe_lab.experts import ACTIVATIONS, Collect, FeedForwardExpert, MoELayer, Spread, assign, expert_similarity, run_selected
+from moe_lab.experts import ACTIVATIONS, Collect, FeedForwardExpert, MoELayer, Spread, assign, run_selected
 from moe_lab.params import UserError
 from moe_lab.routers import (CumulativeCountVariance, Routing, SelfAttentionRouter, TopKRouter, chance_information, decide, importance_variance,
                              kl_to_uniform, mutual_information, router_z_loss, routing_entropy, switch_balance_loss, usage_share)
@@ -258,12 +258,6 @@ def test_whole_networks_as_experts():
     expected, = torch.autograd.grad(sum(networks[e].expert(images[i:i + 1]).sum() for i in range(6) for e in indices[i].tolist()), images)
     torch.testing.assert_close(gradient, expected)
     assert run_selected(networks, indices[:0], images[:0]) == []
-
-
-def test_similarity_sees_copies():
-    torch.manual_seed(0)
-    outputs = torch.randn(2, 10, 4, 3)
-    assert expert_similarity(outputs[[0, 0]]) == pytest.approx(1) and abs(expert_similarity(outputs)) < 0.5
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ RUN = "runs/yolov7_tiny"
 
 @pytest.fixture(scope="module")
 def built(checkout):
-    "The checkout after its first `dvc repro`."
+    "The checkout after its first `dvc repro`, with one run."
+    checkout.keep_runs("yolov7_tiny")
     checkout.call("dvc", "repro", *TARGETS)
     checkout.commit()
     return checkout

@@ -31,9 +31,9 @@ def study(here: Checkout, ok: bool = True):
 @pytest.fixture(scope="module")
 def studied(checkout):
     "A study of one run with one seed, of seconds."
-    (checkout.path / "studies/params.yaml").write_text("seeds: [0]\nfrom_scratch: [yolov7_tiny]\nfrom_yolov7_tiny: []\n")
+    (checkout.path / "studies/params.yaml").write_text("seeds: [0]\nfrom_scratch: [yolov7_tiny]\nfrom_yolov7_tiny: []\nfrom_yolov7_tiny_more: []\n")
     checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
-    checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", "studies/yolov7_tiny", "studies/yolov7_tiny_more")
+    checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", "studies/*/*/")
     assert trained(study(checkout)) == ["from_scratch@yolov7_tiny-0"]
     checkout.commit()
     return checkout
