@@ -138,12 +138,13 @@ class FeedForwardExpert(nn.Module):
         "Up, activation, down."
         return self.down(ACTIVATIONS[self.activation].function(self.up(x)))
 
-# %% ../nbs/lib/11_experts.ipynb #1b850106
+# %% ../nbs/lib/11_experts.ipynb #7532941e
 def _with_work(counts, parameters, *arrays):
     "Of each expert with work: its number, its four parameters, its rows of each array."
     rows = zip(*(array.split(counts) for array in arrays))
     return ((e, parameters[4 * e:4 * e + 4], mine) for e, (count, mine) in enumerate(zip(counts, rows)) if count)
 
+# %% ../nbs/lib/11_experts.ipynb #5d87a0b9
 class GroupedFeedForward(Function):
     "Every expert on its own rows: (S, dim) -> (S, dim), rows sorted by expert."
     @staticmethod
@@ -197,7 +198,18 @@ def _alike(experts):
     "Whether all experts are plain feed-forward experts of one form."
     return all(map(_is_plain, experts)) and len({(e.activation, e.up.weight.shape) for e in experts}) == 1
 
-# %% ../nbs/lib/11_experts.ipynb #d8cec14d
+# %% ../nbs/lib/11_experts.ipynb #7f4898d2
+@torch.compiler.disable
+def _dispatch(experts, x, indices, weights):
+    "Sort, spread, run, weigh, collect: the result, and the items of each expert."
+    leading = indices.shape[:-1]
+    items, work = x.reshape(-1, *x.shape[len(leading):]), assign(indices, len(experts))
+    run = _run_together if items.ndim == 2 and _alike(experts) else _run_one_by_one
+    values = run(experts, Spread.apply(items, work.rows, work.places), work.counts)
+    scale = weights.flatten(0, -2)[work.rows, work.slots].view(-1, *[1] * (values.ndim - 1))
+    return Collect.apply(values * scale, work.rows, work.places).to(x.dtype).unflatten(0, leading), work.counts
+
+# %% ../nbs/lib/11_experts.ipynb #ce27c98c
 class MoELayer(nn.Module):
     "A mixture of experts: each item goes through the experts that the router selected for it, and no other. Source: spec/1."
 
@@ -220,17 +232,7 @@ class MoELayer(nn.Module):
     ) -> Tensor: # x's shape, except where experts change it
         "Σ over an item's k experts of weight × expert(item)."
         self.routing = self.router(x) if routing is None else routing
-        return self.dispatch(x, self.routing.indices, self.routing.weights)
-
-    @torch.compiler.disable
-    def dispatch(self, x, indices, weights):
-        "Sort, spread, run, weigh, collect."
-        leading = indices.shape[:-1]
-        items, work = x.reshape(-1, *x.shape[len(leading):]), assign(indices, len(self.experts))
-        run = _run_together if items.ndim == 2 and _alike(self.experts) else _run_one_by_one
-        values = run(self.experts, Spread.apply(items, work.rows, work.places), work.counts)
-        scale = weights.flatten(0, -2)[work.rows, work.slots].view(-1, *[1] * (values.ndim - 1))
-        self.counts = work.counts
-        return Collect.apply(values * scale, work.rows, work.places).to(x.dtype).unflatten(0, leading)
+        out, self.counts = _dispatch(self.experts, x, self.routing.indices, self.routing.weights)
+        return out
 
     def __getstate__(self): return self.__dict__ | dict(routing=None, counts=None)
