@@ -42,11 +42,12 @@ class MoEYOLOParams(YOLOv7Params):
         if self.top_k and self.top_k > self.num_experts: raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
         return self
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #0f114485
+# %% ../../nbs/lib/33_moe_yolo.ipynb #ff379082
 TAPS = (14, 21, 28) # backbone modules that necks read: strides 8, 16, 32
 
 def _numbered(rows, modules): return nn.ModuleDict({str(row.index): module for row, module in zip(rows, modules)})
 
+# %% ../../nbs/lib/33_moe_yolo.ipynb #d8131bc1
 class MoEYOLO(nn.Module):
     "YOLOv7-tiny with several routed necks and heads: (B, 3, H, W) RGB in 0..1 -> MoEOutputs. Source: `spec/2_moe_yolo.md` (004)."
     Params = MoEYOLOParams
@@ -77,10 +78,12 @@ class MoEYOLO(nn.Module):
     @property
     def anchors(self): return self.experts[0]["77"].pixels
 
-    @property
-    def parts(self): # for ledgers: which modules are backbone, router and experts
-        experts = tuple(f"experts.{e}.{i}" for e, expert in enumerate(self.experts) for i in expert)
-        return dict(backbone=tuple(f"backbone.{i}" for i in self.backbone), router=("router",), experts=experts)
+# %% ../../nbs/lib/33_moe_yolo.ipynb #3f625c5d
+@patch(as_prop=True)
+def parts(self: MoEYOLO) -> dict[str, tuple[str, ...]]: # part -> names of modules
+    "Which modules are backbone, router and experts."
+    experts = tuple(f"experts.{e}.{i}" for e, expert in enumerate(self.experts) for i in expert)
+    return dict(backbone=tuple(f"backbone.{i}" for i in self.backbone), router=("router",), experts=experts)
 
 # %% ../../nbs/lib/33_moe_yolo.ipynb #64e05408
 class MoEOutputs(NamedTuple):
