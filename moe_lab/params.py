@@ -223,11 +223,12 @@ def _checked_model(name: str, run: RunParams, file: str, raw: Any) -> RunParams:
     checked = validated(registry.params_class(run.detector), run.model, file, ("runs", name, "model"), raw)
     return run.model_copy(update={"model": checked.model_dump()})
 
-# %% ../nbs/lib/00_params.ipynb #1a08af1a
+# %% ../nbs/lib/00_params.ipynb #76808369
 def _check_start(name: str, runs: Mapping[str, RunParams], file: str, raw: Any) -> None:
     "`UserError` if a run starts from an unknown one, or, by any number of steps, from itself."
-    where, seen = ("runs", name, "init_from"), [name]
+    seen = [name]
     while (start := runs[seen[-1]].init_from) != "scratch":
+        where = ("runs", seen[-1], "init_from")
         if start not in runs:
             raise UserError(f"{file}{_line(raw, where)}: {'.'.join(where)}: no run {start!r}{nearest(start, runs)}")
         if start in seen:

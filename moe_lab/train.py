@@ -385,7 +385,19 @@ def save_results(
         checkpoint.write_bytes(Path(out) / "history.csv", history_csv(self.rows).encode())
         checkpoint.write_json(Path(out) / "timing.json", self.timing())
 
-# %% ../nbs/lib/40_train.ipynb #4d39a9a1
+# %% ../nbs/lib/40_train.ipynb #feb62f36
+@patch
+def tell(
+    self: Trainer,
+    row: dict[str, float],  # of the history
+    watch: Callable[[dict[str, float]], Iterable[object]],  # warnings about a row
+) -> None:
+    "Log an epoch, and what is worrying about it."
+    self.log(epoch_line(row, self.params.train.epochs))
+    for warning in watch(row):
+        self.log(f"  [!] {warning}")
+
+# %% ../nbs/lib/40_train.ipynb #8a603dac
 def train(
     model: torch.nn.Module,  # any detector
     loader: DataLoader,  # made with shuffle=True
@@ -404,16 +416,14 @@ def train(
     trainer = Trainer(model, loader, params, run, log)
     mark = fingerprint(params, files) if resume else ""
     save = (lambda: trainer.save_state(resume, mark)) if resume else (lambda: None)
-    resumed = trainer.load_state(resume, mark) if resume else ""
-    if resumed:
+    if resume and (resumed := trainer.load_state(resume, mark)):
         trainer.log(f"[resume] {resumed}")
-    tell = lambda row: [trainer.log(line) for line in (epoch_line(row, params.train.epochs), *(f"  [!] {w}" for w in watch(row)))]
     for row in trainer.rows:
-        tell(row)
+        trainer.tell(row, watch)
     while trainer.epoch < params.train.epochs:
         trainer.train_epoch(save, save_seconds)
         trainer.end_epoch(evaluate)
-        tell(trainer.rows[-1])
+        trainer.tell(trainer.rows[-1], watch)
         save()
     trainer.save_results(out, metadata)
     return trainer
