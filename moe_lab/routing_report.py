@@ -7,7 +7,7 @@ __all__ = ['TITLES', 'READINGS', 'expert_name', 'slots', 'usage', 'band_for', 'p
            'Information', 'information', 'experts_in', 'at_end', 'plot_course', 'plot_shares', 'measured', 'health',
            'readings', 'plot_readings', 'plot_courses']
 
-# %% ../nbs/lib/53_routing_report.ipynb #83325eee
+# %% ../nbs/lib/53_routing_report.ipynb #2d38aa4b
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from matplotlib.figure import Figure
 
 from .diagnose import BANDS, Band, out_of_band
@@ -142,7 +143,7 @@ def at_end(
     seen = {seed: run.history[column].dropna() for seed, run in repeats.items() if column in run.history}
     return {seed: float(values.iloc[-1]) for seed, values in seen.items() if len(values)}
 
-# %% ../nbs/lib/53_routing_report.ipynb #770941d2
+# %% ../nbs/lib/53_routing_report.ipynb #9005931e
 def plot_course(
     histories: Mapping[str, pd.DataFrame],  # run -> one row an epoch
     column: str,  # of the history
@@ -154,9 +155,11 @@ def plot_course(
         axes.plot(seen["epoch"], seen.get(column, []), label=name, marker="o", markersize=3)
     band = band_for(column, max(map(experts_in, histories.values()), default=0))
     if band:
-        axes.axhspan(max(band.low, axes.get_ylim()[0]), band.high, color=PALETTE[2], alpha=0.15, linewidth=0)
+        below = min(axes.get_ylim()[0], 0.9 * band.high)  # some of the band is in sight even if no line is in it
+        axes.axhspan(max(band.low, below), band.high, color=PALETTE[2], alpha=0.15, linewidth=0)
         axes.axhline(band.high, color=PALETTE[2], linewidth=1, linestyle="--")
     axes.set(title=TITLES.get(column, column), xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 # %% ../nbs/lib/53_routing_report.ipynb #9c260a70
 def plot_shares(
