@@ -43,6 +43,8 @@ class Checkout:
         for part in (params["runs"], *params["profiles"].values()):
             for name in set(part) - {*names, "*"}:
                 del part[name]
+        for profile in [name for name, part in params["profiles"].items() if name != "tiny" and not part]:
+            del params["profiles"][profile]
         yaml.dump(params, path)
 
     def commit(self) -> None:

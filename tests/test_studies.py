@@ -33,7 +33,7 @@ def studied(checkout):
     "A study of one run with one seed, of seconds."
     (checkout.path / "studies/params.yaml").write_text("seeds: [0]\nfrom_scratch: [yolov7_tiny]\nfrom_yolov7_tiny: []\nfrom_yolov7_tiny_more: []\n")
     checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
-    checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", "studies/*/*/")
+    checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", *(f"studies/{folder.name}" for folder in (checkout.path / "studies").iterdir() if folder.is_dir()))
     assert trained(study(checkout)) == ["from_scratch@yolov7_tiny-0"]
     checkout.commit()
     return checkout
