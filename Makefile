@@ -18,7 +18,7 @@ repro: setup
 
 test: setup sync
 	nbdev_test --path nbs --n_workers 2
-	pytest
+	pytest -n 2 --dist loadfile
 
 sync: setup
 	@nbdev_export
