@@ -489,7 +489,7 @@ def undo_letterbox(
     original = (boxes - boxes.new_tensor([left, top, left, top])) / scale
     return original.clamp(min=0).minimum(original.new_tensor([width, height, width, height]))
 
-# %% ../nbs/lib/05_boxes.ipynb #156e3a16
+# %% ../nbs/lib/05_boxes.ipynb #f990641b
 @dataclass
 class Detections:
     "What a detector found in one image, best first."
@@ -505,3 +505,10 @@ class Detections:
     def to(self, device): return self._each(lambda t: t.to(device))
 
     def __getitem__(self, index): return self._each(lambda t: t[index])
+
+    def best(self, most: int): # at most so many, by falling score; equals keep their order
+        return self[self.scores.argsort(descending=True, stable=True)[:most]]
+
+    @staticmethod
+    def joined(parts): # of one image; without `extra`
+        return Detections(*(torch.cat([getattr(d, name) for d in parts]) for name in ("boxes", "scores", "labels")))

@@ -7,8 +7,7 @@ __all__ = ['TITLES', 'READINGS', 'expert_name', 'slots', 'usage', 'band_for', 'p
            'Information', 'information', 'experts_in', 'at_end', 'plot_course', 'plot_shares', 'measured', 'health',
            'readings', 'plot_readings', 'plot_courses']
 
-# %% ../nbs/lib/53_routing_report.ipynb #2d38aa4b
-import fnmatch
+# %% ../nbs/lib/53_routing_report.ipynb #15f2e6ea
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,13 +15,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from matplotlib.figure import Figure
 
 from .diagnose import BANDS, Band, out_of_band
 from .report import INK, PALETTE, Run, percent, plot_bars
-from .routers import mutual_information
+from .routers import mutual_information, usage_share
 
 # %% ../nbs/lib/53_routing_report.ipynb #0a230476
 def expert_name(
@@ -39,24 +39,23 @@ def slots(
             for rank, (expert, weight) in enumerate(zip(r["experts"], r["weights"]))]
     return pd.DataFrame(rows, columns=["image", "condition", "rank", "expert", "weight"])
 
-# %% ../nbs/lib/53_routing_report.ipynb #3c67c20f
+# %% ../nbs/lib/53_routing_report.ipynb #9e8edcc2
 def usage(
     records: list[dict],  # one split of routing.json
     choices: int | None = None,  # count so many experts of each image, the preferred ones; None = all
 ) -> dict[str, float]:  # 'expert 0' -> share of slots; empty if nothing was routed
     "Share of the slots that each expert got."
     if not records: return {}
-    rows = slots(records)
-    share = rows[rows["rank"] < (choices or len(rows))]["expert"].value_counts(normalize=True)
-    return {expert_name(e): float(share.get(e, 0.0)) for e in range(len(records[0]["probs"]))}
+    chosen = torch.tensor([record["experts"][:choices] for record in records])
+    return {expert_name(e): share for e, share in enumerate(usage_share(chosen, len(records[0]["probs"])).tolist())}
 
-# %% ../nbs/lib/53_routing_report.ipynb #3d605524
+# %% ../nbs/lib/53_routing_report.ipynb #1ccded0a
 def band_for(
     column: str,  # of the history
     experts: int,  # how many there are
 ) -> Band | None:  # the narrowest that applies; None if there is none
     "The health band of a column."
-    fitting = [b for b in BANDS if fnmatch.fnmatch(column, b.column) and b.experts in (None, experts)]
+    fitting = [b for b in BANDS if b.applies(column, experts)]
     return min(fitting, key=lambda b: b.high - b.low, default=None)
 
 # %% ../nbs/lib/53_routing_report.ipynb #954b8e42
@@ -175,7 +174,7 @@ def plot_shares(
     axes.set(title=title, xlabel="epoch", ylim=(0, None))
     axes.yaxis.set_major_formatter(lambda y, _: percent(y))
 
-# %% ../nbs/lib/53_routing_report.ipynb #ecb7eeae
+# %% ../nbs/lib/53_routing_report.ipynb #a2306909
 def _extent(values: pd.Series) -> str:  # '1.03', or '0.20 to 0.31' where there are several
     "One number, or the range of many."
     low, high = values.min(), values.max()
@@ -186,19 +185,19 @@ def measured(
     band: Band,  # from `diagnose`
 ) -> pd.DataFrame:  # the columns it speaks about, and the epochs in which they were measured
     "What a band judges."
-    return history[[c for c in history if fnmatch.fnmatch(c, band.column)]].dropna()
+    return history[[c for c in history if band.applies(c, experts_in(history))]].dropna()
 
-# %% ../nbs/lib/53_routing_report.ipynb #20a1aa5d
+# %% ../nbs/lib/53_routing_report.ipynb #cfd9b047
 def health(
     history: pd.DataFrame,  # one row an epoch
 ) -> list[dict[str, str]]:  # rows of a table; empty if nothing was routed
     "Every band that applies, where the run ended, and the epochs outside."
     rows = []
-    for band in (b for b in BANDS if b.experts in (None, experts_in(history))):
+    for band in BANDS:
         seen = measured(history, band)
         if seen.empty: continue
         outside = sum(bool(out_of_band(row, (band,))) for row in seen.to_dict("records"))
-        rows.append({"number": band.column.removeprefix("routing/").removesuffix("/*"), "healthy": f"{band.low:g} to {band.high:g}",
+        rows.append({"number": band.column.removeprefix("routing/").strip("/*"), "healthy": f"{band.low:g} to {band.high:g}",
                      "at the end": _extent(seen.iloc[-1]), "epochs outside": f"{outside} of {len(seen)}", "source": f"document {band.source}"})
     return rows
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAPS', 'MoEYOLOParams', 'MoEYOLO', 'MoEOutputs', 'fuse_wbf', 'fuse_nms']
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #b5ff2347
+# %% ../../nbs/lib/33_moe_yolo.ipynb #54f21d4e
 import contextlib
 from typing import Literal, NamedTuple
 import torch
@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from ..boxes import Detections, nms, weighted_boxes_fusion
 from ..checkpoint import load_weights
-from .yolov7 import (BACKBONE, HEAD, NECK, Detect, YOLOv7Params, build_rows, decay_groups, in_original, read_table,
-                                      run_rows, suppressed, yolo_loss)
+from .yolov7 import (BACKBONE, HEAD, NECK, YOLOv7Params, build_branch, build_rows, decay_groups, in_original, network_input,
+                                      numbered, read_table, run_rows, suppressed, yolo_loss)
 from ..experts import assign
 from ..routers import Routing, TopKRouter, balance_weight, dead_experts, routing_entropy, switch_balance_loss, usage_share
 
@@ -42,12 +42,9 @@ class MoEYOLOParams(YOLOv7Params):
         if self.top_k and self.top_k > self.num_experts: raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
         return self
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #ff379082
+# %% ../../nbs/lib/33_moe_yolo.ipynb #bb3d29fc
 TAPS = (14, 21, 28) # backbone modules that necks read: strides 8, 16, 32
 
-def _numbered(rows, modules): return nn.ModuleDict({str(row.index): module for row, module in zip(rows, modules)})
-
-# %% ../../nbs/lib/33_moe_yolo.ipynb #d8131bc1
 class MoEYOLO(nn.Module):
     "YOLOv7-tiny with several routed necks and heads: (B, 3, H, W) RGB in 0..1 -> MoEOutputs. Source: `spec/2_moe_yolo.md` (004)."
     Params = MoEYOLOParams
@@ -63,17 +60,13 @@ class MoEYOLO(nn.Module):
         self.num_classes, self.params = num_classes, MoEYOLOParams(**params)
         p, channels = self.params, {-1: 3}
         self.backbone_rows, self.expert_rows = read_table(BACKBONE, p.width), read_table(NECK + HEAD, p.width)
-        self.backbone = _numbered(self.backbone_rows, build_rows(self.backbone_rows, channels))
-        self.experts = nn.ModuleList(self._expert(dict(channels)) for _ in range(p.num_experts))
+        self.backbone = numbered(self.backbone_rows, build_rows(self.backbone_rows, channels))
+        branch = lambda: numbered(self.expert_rows, build_branch(self.expert_rows, dict(channels), num_classes, p))
+        self.experts = nn.ModuleList(branch() for _ in range(p.num_experts))
         self.router_norm = nn.BatchNorm1d(channels[28], affine=False) if p.router_norm else nn.Identity()
         self.router = TopKRouter(channels[28], p.num_experts, p.top_k, p.router_noise)
-        self.forced, self.fusion, self.balance_now, self.last = None, p.fusion, p.balance_weight, None
-
-    def _expert(self, channels):
-        modules = build_rows(self.expert_rows[:-1], channels)
-        anchors = [[self.params.anchor_scale * a for a in level] for level in self.params.anchors]
-        detect = Detect(self.num_classes, [channels[i] for i in self.expert_rows[-1].inputs], anchors)
-        return _numbered(self.expert_rows, [*modules, detect])
+        self.forced, self.fusion, self.calibrators = None, p.fusion, None   # how the network is read: see `reading`
+        self.balance_now, self.last = p.balance_weight, None
 
     @property
     def anchors(self): return self.experts[0]["77"].pixels
@@ -110,17 +103,14 @@ def route(
     alone = torch.full((len(p5), 1), self.forced, device=p5.device)
     return Routing(torch.ones_like(alone, dtype=p5.dtype), alone, routing.probs, routing.logits)
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #0c76f1eb
+# %% ../../nbs/lib/33_moe_yolo.ipynb #47e976cb
 @patch
 def forward(
     self: MoEYOLO,
     batch: dict | Tensor # with `images`, or the images: (B, 3, H, W) RGB in 0..1
 ) -> MoEOutputs:
     "Raw predictions of the selected experts; ValueError if a side is no multiple of 32."
-    images = batch["images"] if isinstance(batch, dict) else batch
-    if any(side % 32 for side in images.shape[2:]):
-        raise ValueError(f"images are {images.shape[3]}x{images.shape[2]} pixels: both sides must be multiples of 32; letterbox them first")
-    features = {-1: images.contiguous(memory_format=torch.channels_last)}
+    features = network_input(batch)
     with contextlib.nullcontext() if self.params.train_backbone else torch.no_grad():
         run_rows(self.backbone_rows, self.backbone.values(), features)
     routing = self.route(features[28])
@@ -141,7 +131,7 @@ def run_expert(
     mine = {i: features[i] if everyone else features[i].index_select(0, images).contiguous(memory_format=torch.channels_last) for i in TAPS}
     return run_rows(self.expert_rows, self.experts[expert].values(), mine)
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #4baff2f8
+# %% ../../nbs/lib/33_moe_yolo.ipynb #da8fcdc0
 @patch
 def loss(
     self: MoEYOLO,
@@ -151,8 +141,9 @@ def loss(
     "Loss terms of a batch."
     targets = [batch["targets"][i] for i in outputs.image.tolist()]
     terms = yolo_loss(outputs.maps, targets, self.anchors, self.params, outputs.weight)
-    routing = self.last = outputs.routing
-    if self.params.balance_weight: terms["balance"] = self.balance_now * switch_balance_loss(routing.probs, routing.indices)
+    balance = switch_balance_loss(outputs.routing.probs, outputs.routing.indices)
+    if self.params.balance_weight: terms["balance"] = self.balance_now * balance
+    self.last = outputs.routing, balance.item()
     return terms
 
 # %% ../../nbs/lib/33_moe_yolo.ipynb #508dd2ec
@@ -208,11 +199,7 @@ def train(
     if not self.params.train_backbone: self.backbone.eval()
     return self
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #65ee88f8
-def _ranked(found, most):
-    order = found.scores.argsort(descending=True, stable=True)[:most]
-    return found[order]
-
+# %% ../../nbs/lib/33_moe_yolo.ipynb #18589b9d
 def fuse_wbf(
     found: list[list[Detections]], # per image, per expert; input pixels
     weights: Tensor, # (B, k)
@@ -221,23 +208,21 @@ def fuse_wbf(
 ) -> list[Detections]: # per image, input pixels
     "Weighted boxes fusion over the experts of each image."
     scale = weights.new_tensor([size[1], size[0], size[1], size[0]])
-    unit = [[(d.boxes / scale).clamp(0, 1) for d in image] for image in found]
-    real = [[(u[:, 2:] > u[:, :2]).all(1) for u in image] for image in unit]
-    pick = lambda values: [[v[r] for v, r in zip(image, keep)] for image, keep in zip(values, real)]
-    scores, labels = ([[getattr(d, name) for d in image] for image in found] for name in ("scores", "labels"))
-    fused = weighted_boxes_fusion(pick(unit), pick(scores), pick(labels), weights, iou_thr=params.wbf_iou, conf_type=params.wbf_conf)
+    each = lambda value: [[value(d) for d in image] for image in found]
+    unit, scores, labels = each(lambda d: (d.boxes / scale).clamp(0, 1)), each(lambda d: d.scores), each(lambda d: d.labels)
+    fused = weighted_boxes_fusion(unit, scores, labels, weights, iou_thr=params.wbf_iou, conf_type=params.wbf_conf)
     return [Detections(f.boxes * scale, f.scores, f.labels) for f in fused]
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #ca86d2d6
+# %% ../../nbs/lib/33_moe_yolo.ipynb #84164983
 def fuse_nms(
     found: list[list[Detections]], # per image, per expert
     evaluate # EvalParams: nms_iou, max_detections
 ) -> list[Detections]: # per image
     "All experts' boxes in one heap, suppressed once more."
-    heaps = [Detections(*(torch.cat([getattr(d, name) for d in image]) for name in ("boxes", "scores", "labels"))) for image in found]
+    heaps = map(Detections.joined, found)
     return [h[nms(h.boxes, h.scores, h.labels, evaluate.nms_iou, evaluate.max_detections)] for h in heaps]
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #e49034e6
+# %% ../../nbs/lib/33_moe_yolo.ipynb #f2091a52
 @patch
 @torch.no_grad()
 def detect(
@@ -248,15 +233,16 @@ def detect(
 ) -> list[Detections]: # one per image, in pixels of the original image
     "Detections of a batch, best first."
     pairs = suppressed(outputs.maps, self.anchors, evaluate, self.params.multi_label)
+    if self.calibrators: pairs = [self.calibrators[expert](pair) for pair, expert in zip(pairs, outputs.expert.tolist())]
     weights = outputs.routing.weights.float()
     found = [[None] * weights.shape[1] for _ in weights]
     for pair, image, slot in zip(pairs, outputs.image.tolist(), outputs.slot.tolist()): found[image][slot] = pair
     if self.fusion == "best" or weights.shape[1] == 1: joined = [image[0] for image in found]
     elif self.fusion == "nms": joined = fuse_nms(found, evaluate)
     else: joined = fuse_wbf(found, weights, tuple(8 * side for side in outputs.maps[0].shape[2:4]), self.params)
-    return in_original([_ranked(d, evaluate.max_detections) for d in joined], batch)
+    return in_original([d.best(evaluate.max_detections) for d in joined], batch)
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #d7b9fce4
+# %% ../../nbs/lib/33_moe_yolo.ipynb #df41c956
 @patch(as_prop=True)
 def alternatives(self: MoEYOLO) -> dict[str, dict]: # name -> arguments of `reading`
     "Ways to read this network that are worth comparing."
@@ -268,22 +254,23 @@ def alternatives(self: MoEYOLO) -> dict[str, dict]: # name -> arguments of `read
 def reading(
     self: MoEYOLO,
     fusion: str | None = None, # wbf, nms or best
-    forced: int | None = None # send every image to this expert
+    forced: int | None = None, # send every image to this expert
+    calibrators: list | None = None # per expert a function of Detections, applied before experts are joined
 ):
     "Within this context the network is read in another way."
-    before = self.fusion, self.forced
-    self.fusion, self.forced = fusion or self.fusion, forced
+    before = self.fusion, self.forced, self.calibrators
+    self.fusion, self.forced, self.calibrators = fusion or self.fusion, forced, calibrators
     try: yield self
-    finally: self.fusion, self.forced = before
+    finally: self.fusion, self.forced, self.calibrators = before
 
-# %% ../../nbs/lib/33_moe_yolo.ipynb #2749d8ff
+# %% ../../nbs/lib/33_moe_yolo.ipynb #46f50dfd
 @patch
 def observe(self: MoEYOLO) -> dict[str, float]: # by column of the history
     "Routing of the last training step."
-    probs, indices = self.last.probs.detach(), self.last.indices
-    share = usage_share(indices, len(self.experts)).tolist()
+    routing, balance = self.last
+    share = usage_share(routing.indices, len(self.experts)).tolist()
     return {f"routing/usage/{e}": s for e, s in enumerate(share)} | {
-        "routing/balance": switch_balance_loss(probs, indices).item(), "routing/top1": probs.amax(-1).mean().item()}
+        "routing/balance": balance, "routing/top1": routing.probs.detach().amax(-1).mean().item()}
 
 @patch
 def summarise(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKBONE', 'NECK', 'HEAD', 'ANCHORS', 'STRIDES', 'OPERATIONS', 'PARTS', 'Row', 'read_table', 'Conv', 'Concat',
-           'fold_norm', 'Implicit', 'implicit_conv', 'Detect', 'build_rows', 'run_rows', 'decay_groups', 'YOLOv7Params',
-           'decode', 'YOLOv7Tiny', 'yolo_loss', 'suppressed', 'in_original', 'fuse']
+           'fold_norm', 'Implicit', 'implicit_conv', 'Detect', 'build_rows', 'build_branch', 'numbered', 'run_rows',
+           'decay_groups', 'YOLOv7Params', 'decode', 'YOLOv7Tiny', 'network_input', 'yolo_loss', 'suppressed',
+           'in_original', 'fuse']
 
 # %% ../../nbs/lib/31_yolov7.ipynb #2f34b62a
 import copy
@@ -168,6 +169,25 @@ def build_rows(
         channels[row.index] = row.channels or before
     return modules
 
+# %% ../../nbs/lib/31_yolov7.ipynb #02f7bafe
+def build_branch(
+    rows: list[Row], # the last one is `detect`
+    channels: dict[int, int], # of everything already built (-1 is the image); extended in place
+    num_classes: int,
+    params # YOLOv7Params: anchors, anchor_scale
+) -> list[nn.Module]: # one per row
+    "Modules for the rows of a table that ends in a head."
+    modules = build_rows(rows[:-1], channels)
+    anchors = [[params.anchor_scale * a for a in level] for level in params.anchors]
+    return [*modules, Detect(num_classes, [channels[i] for i in rows[-1].inputs], anchors)]
+
+def numbered(
+    rows: list[Row],
+    modules: list[nn.Module] # one per row
+) -> nn.ModuleDict: # official number -> module
+    "Modules under their official numbers, so that every weight can be traced to its origin."
+    return nn.ModuleDict({str(row.index): module for row, module in zip(rows, modules)})
+
 # %% ../../nbs/lib/31_yolov7.ipynb #ab9c5517
 def run_rows(
     rows: list[Row],
@@ -239,7 +259,7 @@ def decode(
     row, label = row[order], label[order]
     return cells.image[row], Detections(boxes[row], scores[row, label], label)
 
-# %% ../../nbs/lib/31_yolov7.ipynb #9895575b
+# %% ../../nbs/lib/31_yolov7.ipynb #03cc2ddf
 PARTS = dict(backbone=range(29), neck=range(29, 74), head=range(74, 78)) # module numbers
 
 class YOLOv7Tiny(nn.Module):
@@ -256,24 +276,28 @@ class YOLOv7Tiny(nn.Module):
         super().__init__()
         self.num_classes, self.params = num_classes, YOLOv7Params(**params)
         self.rows, channels = read_table(BACKBONE + NECK + HEAD, self.params.width), {-1: 3}
-        modules = build_rows(self.rows[:-1], channels)
-        anchors = [[self.params.anchor_scale * a for a in level] for level in self.params.anchors]
-        self.model = nn.ModuleList([*modules, Detect(num_classes, [channels[i] for i in self.rows[-1].inputs], anchors)])
+        self.model = nn.ModuleList(build_branch(self.rows, channels, num_classes, self.params))
 
     @property
     def anchors(self): return self.model[-1].pixels
 
-# %% ../../nbs/lib/31_yolov7.ipynb #3b00bdec
+# %% ../../nbs/lib/31_yolov7.ipynb #d50d8961
+def network_input(
+    batch: dict | Tensor # with `images`, or the images: (B, 3, H, W) RGB in 0..1
+) -> dict[int, Tensor]: # what the first rows read: -1 -> the images, channels last
+    "Images as the table's rows want them; ValueError if a side is no multiple of 32."
+    images = batch["images"] if isinstance(batch, dict) else batch
+    if any(side % 32 for side in images.shape[2:]):
+        raise ValueError(f"images are {images.shape[3]}x{images.shape[2]} pixels: both sides must be multiples of 32; letterbox them first")
+    return {-1: images.contiguous(memory_format=torch.channels_last)}
+
 @patch
 def forward(
     self: YOLOv7Tiny,
     batch: dict | Tensor # with `images`, or the images: (B, 3, H, W) RGB in 0..1
 ) -> list[Tensor]: # three raw maps (B, 3, H/stride, W/stride, classes + 5)
     "Raw predictions; ValueError if a side is no multiple of 32."
-    images = batch["images"] if isinstance(batch, dict) else batch
-    if any(side % 32 for side in images.shape[2:]):
-        raise ValueError(f"images are {images.shape[3]}x{images.shape[2]} pixels: both sides must be multiples of 32; letterbox them first")
-    return run_rows(self.rows, self.model, {-1: images.contiguous(memory_format=torch.channels_last)})
+    return run_rows(self.rows, self.model, network_input(batch))
 
 # %% ../../nbs/lib/31_yolov7.ipynb #bc99f477
 def yolo_loss(
