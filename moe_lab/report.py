@@ -137,7 +137,7 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error: raise UserError(f"{path}: not valid JSON ({error}); restore it with `dvc checkout` or rerun its stage") from None
 
-# %% ../nbs/lib/50_report.ipynb #29fe3fb3
+# %% ../nbs/lib/50_report.ipynb #f66a23f2
 @dataclass(frozen=True)
 class Run:
     "What a run left behind: `metrics` as a dict of splits, `history` as one row an epoch, `predictions` as COCO results by split."
@@ -152,7 +152,11 @@ class Run:
 
     @cached_property
     def routing(self) -> dict[str, list[dict]]:
-        path = Path(self.folder) / "routing.json"
+        return self.optional("routing.json")
+
+    def optional(self, name: str) -> dict:
+        "A file that not every run leaves behind; empty without it."
+        path = Path(self.folder) / name
         return read_json(path) if path.is_file() else {}
 
 # %% ../nbs/lib/50_report.ipynb #36f2ae79

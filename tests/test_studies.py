@@ -57,9 +57,12 @@ def test_studied_runs_exist_and_start_where_their_list_says():
     seeds = lists.pop("seeds")
     assert len(set(seeds)) == len(seeds) >= 3
     assert set(lists) == set(stages) - {"plan"}
+    trained = {name for start, names in lists.items() if start != "calibrated" for name in names}
+    assert set(lists.pop("calibrated")) <= trained
     for start, names in lists.items():
-        assert {runs[name].init_from for name in names} == {start.removeprefix("from_")}
-        assert any("checkpoint" in dep for dep in stages[start]["deps"]) == (start != "from_scratch")
+        dataset, _, base = start.rpartition("from_")
+        assert {(runs[name].dataset, runs[name].init_from) for name in names} == {({"": "coco", "dair_": "dair_v2x"}[dataset], base)}
+        assert any("checkpoint" in dep for dep in stages[start]["deps"]) == (base != "scratch")
 
 
 # --- what happens -------------------------------------------------------------------------------------------------------------------
