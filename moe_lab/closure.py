@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
            'write_closures', 'plan_text', 'write_plans']
 
-# %% ../nbs/lib/61_closure.ipynb #32604e33
+# %% ../nbs/lib/61_closure.ipynb #46bbb9f2
 import ast
 import hashlib
 import json
@@ -16,6 +16,7 @@ from typing import Iterable
 
 import nbformat
 
+from .data.readers import READERS
 from .detectors import REGISTRY
 from .params import Params, UserError, load
 
@@ -74,14 +75,15 @@ def notebook_imports(
     lines = [line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!"))]
     return imported_modules("\n".join(lines), "", modules)
 
-# %% ../nbs/lib/61_closure.ipynb #73e2c84a
+# %% ../nbs/lib/61_closure.ipynb #2a280c9f
 def stage_closures(
     root: Path = Path("."),  # the checkout
-) -> dict[str, list[str]]:  # 'train/<detector>', 'analysis/<notebook>', 'tour' -> module names
+) -> dict[str, list[str]]:  # 'train/<detector>', 'data/<dataset>', 'analysis/<notebook>', 'tour' -> module names
     "The import closure of every kind of stage."
     modules = package_modules(root)
     trainer = notebook_imports(Path(root) / "nbs/pipeline/train.ipynb", modules)
     stages = {f"train/{name}": closure(trainer | {target.split(":")[0]}, modules) for name, target in REGISTRY.items()}
+    stages |= {f"data/{name}": closure({target.split(":")[0]}, modules) for name, target in READERS.items()}
     readers = {f"analysis/{notebook.stem}": notebook for notebook in sorted((Path(root) / "nbs/analysis").glob("*.ipynb"))}
     readers["tour"] = Path(root) / "nbs/00_tour.ipynb"
     return stages | {stage: closure(notebook_imports(notebook, modules), modules) for stage, notebook in readers.items()}
@@ -111,7 +113,7 @@ def write_closures(
         files.append(file)
     return files
 
-# %% ../nbs/lib/61_closure.ipynb #90701304
+# %% ../nbs/lib/61_closure.ipynb #393362ec
 def plan_text(
     name: str,  # a run
     params: Params,  # with the profile applied
@@ -119,10 +121,12 @@ def plan_text(
 ) -> str:  # hashes, then JSON
     "Everything but the data that a training depends on: its code and its parameters."
     settings = {"threads": params.threads, **params.run(name).model_dump(mode="json", exclude={"seed"})}
-    code = Path(closures) / "train" / f"{settings['detector']}.txt"
-    if not code.is_file():
-        raise UserError(f"{code}: missing; `moe-lab code` writes it")
-    return code.read_text(encoding="utf-8") + json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    codes = [Path(closures) / "train" / f"{settings['detector']}.txt", Path(closures) / "data" / f"{settings['dataset']}.txt"]
+    for code in codes:
+        if not code.is_file():
+            raise UserError(f"{code}: missing; `moe-lab code` writes it")
+    lines = sorted({line for code in codes for line in code.read_text(encoding="utf-8").splitlines()}, key=lambda line: line.split()[-1])
+    return "\n".join(lines) + "\n" + json.dumps(settings, indent=1, sort_keys=True) + "\n"
 
 # %% ../nbs/lib/61_closure.ipynb #3eaf9862
 def write_plans(

@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'Side', 'SMALL', 'find_images', 'number_images', 'find_ch
            'Seen', 'detect_images', 'draw', 'picture_name', 'encoded', 'Records', 'run_settings', 'pick_device',
            'Report', 'detect']
 
-# %% ../nbs/lib/66_detect.ipynb #d769624b
+# %% ../nbs/lib/66_detect.ipynb #bd68a294
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,8 @@ from pydantic import ConfigDict, Field
 from . import checkpoint, detectors
 from .boxes import Detections
 from .data.augment import Labelled, letterbox
-from .data.coco import read_image
 from .data.core import collate, make_sample, to_device
+from .data.reader import read_image
 from .evaluate import coco_results
 from .gallery import class_colours, draw_predicted, tile
 from .params import EvalParams, Strict, UserError, load, nearest, validated

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GREY', 'MIN_VISIBLE', 'MIN_SIDE', 'Labelled', 'clip_boxes', 'clip_labelled', 'move_boxes', 'move', 'place', 'fit',
-           'letterbox', 'flip', 'colour_jitter', 'zoom_about', 'shifted', 'mosaic', 'mixup', 'Augment']
+           'letterbox', 'flip', 'colour_jitter', 'zoom_about', 'shifted', 'mosaic', 'mixup', 'Augment', 'resize_batch']
 
-# %% ../../nbs/lib/21_data_augment.ipynb #8427a586
+# %% ../../nbs/lib/21_data_augment.ipynb #89591f52
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..params import AugmentParams
@@ -245,3 +246,16 @@ def __call__(
     if (gains != 1).any():
         out = replace(out, image=colour_jitter(out.image, gains))
     return flip(out) if mirror else out
+
+# %% ../../nbs/lib/21_data_augment.ipynb #b891b8e4
+def resize_batch(
+    batch: dict,  # images (B, 3, H, W), targets with boxes and ignore in their pixels
+    factor: float,  # on both sides, before rounding to multiples of 32
+) -> dict:  # a new batch; the given one is not changed
+    "All images of a batch in another size, with their boxes."
+    height, width = batch["images"].shape[2:]
+    new_height, new_width = (max(32, round(side * factor / 32) * 32) for side in (height, width))
+    images = F.interpolate(batch["images"], (new_height, new_width), mode="bilinear", align_corners=False, antialias=factor < 1)
+    stretch = batch["images"].new_tensor([new_width / width, new_height / height] * 2)
+    targets = [target | {key: target[key] * stretch for key in ("boxes", "ignore") if key in target} for target in batch["targets"]]
+    return batch | dict(images=images, targets=targets)
