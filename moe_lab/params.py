@@ -47,7 +47,7 @@ class AugmentParams(Strict):
     scale: float = Field(0.0, ge=0, lt=1, description="gain drawn from 1-scale to 1+scale")
     flip: float = Field(0.0, ge=0, le=1, description="probability of a left-right flip")
 
-# %% ../nbs/lib/00_params.ipynb #9edd5603
+# %% ../nbs/lib/00_params.ipynb #19fc38b4
 class DataParams(Strict):
     "Where the data lies and how it reaches the model."
     root: str = Field(description="dataset folder, relative to the repository")
@@ -55,12 +55,15 @@ class DataParams(Strict):
     limit: int | None = Field(None, ge=1, description="use only the first n images of each split")
     workers: int = Field(0, ge=0, description="loader processes; results do not depend on it")
     cache: bool = Field(True, description="keep decoded images in memory")
+    multi_scale: tuple[float, ...] = Field((), strict=False, description="factors on image_size, one of which is drawn for each training step; empty = always 1")
     augment: AugmentParams = AugmentParams()
 
     @model_validator(mode="after")
     def _strides_fit(self):
         if any(side <= 0 or side % 32 for side in self.image_size):
             raise ValueError(f"image_size {list(self.image_size)}: both sides must be positive multiples of 32")
+        if any(not 0.25 <= factor <= 4 for factor in self.multi_scale):
+            raise ValueError(f"multi_scale {list(self.multi_scale)}: factors must be between 0.25 and 4")
         return self
 
 # %% ../nbs/lib/00_params.ipynb #8e9af766
@@ -91,11 +94,11 @@ class EvalParams(Strict):
     max_detections: int = Field(300, ge=1, description="detections kept per image")
     batch_size: int = Field(32, ge=1, description="images per forward pass")
 
-# %% ../nbs/lib/00_params.ipynb #65f11982
+# %% ../nbs/lib/00_params.ipynb #cc577d10
 class RunParams(Strict):
     "One entry under `runs:`: a detector, trained and judged on a dataset."
     detector: str = Field(description="a name in the detector registry")
-    dataset: Literal["coco"] = Field("coco", description="format of the data")
+    dataset: Literal["coco", "dair_v2x"] = Field("coco", description="format of the data")
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
     init_from: str = Field("scratch", description="run whose checkpoint gives the first weights; scratch = random ones")
     model: dict[str, Any] = Field(default_factory=dict, description="the detector's own parameters")

@@ -6,7 +6,7 @@
 __all__ = ['STATE', 'lr_factor', 'param_groups', 'make_optimizer', 'EMA', 'seed_step', 'check_finite', 'history_csv',
            'epoch_line', 'process_state', 'processes', 'loaded_sources', 'fingerprint', 'Trainer', 'train', 'finish']
 
-# %% ../nbs/lib/40_train.ipynb #44c23b2d
+# %% ../nbs/lib/40_train.ipynb #11589c7d
 import contextlib
 import copy
 import csv
@@ -30,6 +30,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader
 
 from . import checkpoint
+from .data.augment import resize_batch
 from .data.core import set_epoch, to_device
 from .params import RunParams, TrainParams, UserError
 
@@ -235,7 +236,20 @@ def set_lr(self: Trainer) -> float:  # the learning rate of this step
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
-# %% ../nbs/lib/40_train.ipynb #45860b2b
+# %% ../nbs/lib/40_train.ipynb #fcf3e33b
+@patch
+def scaled(
+    self: Trainer,
+    batch: dict[str, Any],  # of the size of the data set
+) -> dict[str, Any]:  # of the size of this step
+    "The batch in one of the sizes that the parameters name."
+    factors = self.params.data.multi_scale
+    if not factors:
+        return batch
+    draw = np.random.SeedSequence([self.params.seed, self.epoch, self.batch, 1]).generate_state(1)[0]
+    return resize_batch(batch, factors[int(draw) % len(factors)])
+
+# %% ../nbs/lib/40_train.ipynb #f5904405
 @patch
 def train_batch(
     self: Trainer,
@@ -247,7 +261,7 @@ def train_batch(
     last = (self.batch + 1) % every == 0 or self.batch + 1 == batches
     share = every if self.batch < batches - batches % every else batches % every
     with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-        batch = to_device(batch, self.accelerator.device)
+        batch = self.scaled(to_device(batch, self.accelerator.device))
         terms = self.model.loss(self.wrapped(batch), batch)
         values = dict(zip(terms, torch.stack([t.detach().float() for t in terms.values()]).tolist()))
         check_finite(values, self.run, self.epoch + 1, self.batch + 1, batch["image_ids"])
