@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'command', 'given_parameters', 'training_parameters', 'run', 'launch', 'library', 'detect', 'code',
-           'plan', 'doctor', 'verify', 'params', 'site', 'readme', 'samples', 'import_yolov7', 'stopwatch', 'done']
+           'plan', 'doctor', 'verify', 'params', 'site', 'readme', 'samples', 'import_yolov7', 'import_rtdetr',
+           'export', 'stopwatch', 'done']
 
 # %% ../nbs/lib/69_cli.ipynb #91c61bb9
 import functools
@@ -236,16 +237,17 @@ def readme(
     out.write_text(displayed_markdown(nbformat.read(executed, as_version=4)), encoding="utf-8")
     console.print(f"  {out}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #1ad0e7ff
+# %% ../nbs/lib/69_cli.ipynb #926447ba
 @command
 def samples(
     out: Annotated[Path, typer.Option(help="folder for the datasets")],
     scale: Annotated[int, typer.Option(min=1, help="multiplies the number of images")] = 1,
     seed: Annotated[int, typer.Option(help="another seed, another world")] = 0,
+    world: Annotated[list[str], typer.Option(help="coco or dair_v2x; may be repeated; all if not given")] = [],
 ):
     "Generate the sample datasets, or larger ones of the same kind."
-    from moe_lab.data.synthetic import make_samples
-    make_samples(out, scale=scale, seed=seed)
+    from moe_lab.data.synthetic import WORLDS, make_samples
+    make_samples(out, scale=scale, seed=seed, worlds=tuple(world or WORLDS))
 
 # %% ../nbs/lib/69_cli.ipynb #0a313515
 @command
@@ -257,6 +259,35 @@ def import_yolov7(
     from moe_lab.detectors.yolov7_import import import_yolov7 as read
     read(checkpoint, out)
     console.print(f"  {out}", style="dim", highlight=False)
+
+# %% ../nbs/lib/69_cli.ipynb #c3dd0751
+@command
+def import_rtdetr(
+    folder: Annotated[Path, typer.Argument(help="a downloaded RT-DETRv2 of the Hugging Face hub: config.json and model.safetensors")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write")] = Path("rtdetr.safetensors"),
+    classes: Annotated[Optional[int], typer.Option(help="classes of your data, whose head starts anew; otherwise those of the checkpoint")] = None,
+):
+    "Turn a hub checkpoint into one that a run can start from (`moe-lab run ... --start FILE`)."
+    from moe_lab.detectors.rtdetr_hub import import_hub
+    import_hub(folder, out, classes)
+    console.print(f"  {out}", style="dim", highlight=False)
+
+# %% ../nbs/lib/69_cli.ipynb #248a8afb
+@command
+def export(
+    run: Annotated[str, typer.Option(help="a run of params.yaml with detector rtdetr or dset")],
+    out: Annotated[Optional[Path], typer.Option(help="ONNX file to write; otherwise RUN.onnx")] = None,
+    dense_experts: Annotated[bool, typer.Option(help="run all experts of a mixture, since a fixed graph cannot choose")] = False,
+    params_file: Annotated[Path, typer.Option(help="parameter file")] = Path("params.yaml"),
+):
+    "Write a trained detector as ONNX, of the image size of its run."
+    from moe_lab.detect import find_checkpoint, load_detector
+    from moe_lab.export import export_onnx
+    from moe_lab.params import load
+    model, saved = load_detector(find_checkpoint(run, known=list(load(params_file).runs)))
+    target = out or Path(f"{run}.onnx")
+    export_onnx(model, target, saved.image_size, dense_experts=dense_experts)
+    console.print(f"  {target}", style="dim", highlight=False)
 
 # %% ../nbs/lib/69_cli.ipynb #e0b12b19
 @command

@@ -9,11 +9,13 @@ __all__ = ['REGISTRY', 'detector_class', 'params_class', 'build']
 import importlib
 from ..params import Strict, UserError, nearest, validated
 
-# %% ../../nbs/lib/39_detectors.ipynb #298f246c
+# %% ../../nbs/lib/39_detectors.ipynb #52a2c07d
 REGISTRY = {
     "yolov7_tiny": "moe_lab.detectors.yolov7:YOLOv7Tiny",
     "moe_yolo": "moe_lab.detectors.moe_yolo:MoEYOLO",
     "four_head": "moe_lab.detectors.four_head:FourHead",
+    "rtdetr": "moe_lab.detectors.rtdetr:RTDETR",
+    "dset": "moe_lab.detectors.dset:DSET",
 }
 
 def detector_class(
