@@ -24,7 +24,7 @@ def clock(
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
 
-# %% ../nbs/lib/43_stopwatch.ipynb #8a684bd2
+# %% ../nbs/lib/43_stopwatch.ipynb #f8bd9085
 class Stopwatch:
     "Compares candidates and remembers all comparisons, for one record that names the machine."
 
@@ -38,10 +38,11 @@ class Stopwatch:
         self,
         what: str, # what is compared
         candidates: dict[str, Callable[[], object]], # name -> call; the first is what the others are related to
+        more: int = 1 # this many times the usual turns, for calls so short that any busy moment shows
     ) -> pd.DataFrame: # median and fastest in ms; speed_up = first / median; ratio = median over turns of time / the first's time in the same turn
         "Time the candidates in turns, after one call of each to warm up."
         for call in candidates.values(): call()
-        turns = pd.DataFrame([{name: clock(call) for name, call in candidates.items()} for _ in range(self.repeats)])
+        turns = pd.DataFrame([{name: clock(call) for name, call in candidates.items()} for _ in range(more * self.repeats)])
         first, median, ratio = turns.iloc[:, 0], turns.median(), turns.div(turns.iloc[:, 0], axis=0).median()
         rows = [dict(what=what, how=name, median_ms=round(median[name], 2), fastest_ms=round(turns[name].min(), 2),
                      speed_up=round(first.median() / median[name], 2), ratio=round(ratio[name], 3)) for name in candidates]
