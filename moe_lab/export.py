@@ -27,7 +27,7 @@ class DenseMixture(MoELayer):
         share = (chosen * self.routing.weights[..., None]).sum(-2)
         return sum(share[..., e:e + 1] * expert(x) for e, expert in enumerate(self.experts))
 
-# %% ../nbs/lib/38_export.ipynb #b46a1b9d
+# %% ../nbs/lib/38_export.ipynb #9c40a2ad
 class ScoresAndBoxes(nn.Module):
     "Images (B, 3, H, W) RGB in 0..1 -> scores (B, Q, classes), boxes (B, Q, 4) cxcywh, fractions."
 
@@ -49,7 +49,7 @@ def exportable(
     mixtures = [m for m in detector.modules() if isinstance(m, MoELayer)]
     if mixtures and not dense_experts:
         raise UserError(f"{type(detector).__name__}: an ONNX graph cannot leave out experts that an image does not need, and this one has {len(mixtures)} mixtures; "
-                        "export with dense_experts=True (same numbers, all experts run), or a run without mixtures")
+                        "export with dense_experts=True, on the command line --dense-experts (same numbers, all experts run), or a run without mixtures")
     if getattr(detector.params, "skip_rows", False):
         raise UserError(f"{type(detector).__name__}: an ONNX graph has one image size, and skip_rows makes it depend on the image; export with skip_rows: false (the same weights, all rows)")
     for mixture in mixtures: mixture.__class__ = DenseMixture

@@ -1,4 +1,5 @@
 """The study pipeline as a user drives it: a first seed, another seed, a variant, a fresh clone. In order; each test goes on where the last one stopped."""
+import json
 import re
 import time
 
@@ -31,7 +32,8 @@ def study(here: Checkout, ok: bool = True):
 @pytest.fixture(scope="module")
 def studied(checkout):
     "A study of one run with one seed, of seconds."
-    (checkout.path / "studies/params.yaml").write_text("seeds: [0]\nfrom_scratch: [yolov7_tiny]\nfrom_yolov7_tiny: []\nfrom_yolov7_tiny_more: []\n")
+    lists = dict.fromkeys(read("studies/params.yaml"), []) | dict(seeds=[0], from_scratch=["yolov7_tiny"])
+    (checkout.path / "studies/params.yaml").write_text("".join(f"{name}: {json.dumps(values)}\n" for name, values in lists.items()))
     checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
     checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", *(f"studies/{folder.name}" for folder in (checkout.path / "studies").iterdir() if folder.is_dir()))
     assert trained(study(checkout)) == ["from_scratch@yolov7_tiny-0"]

@@ -115,7 +115,7 @@ def mixture(
     for expert in experts: expert.down.weight.data *= dense.fc2.weight.std() / expert.down.weight.std()
     return MoELayer(TopKRouter(dense.fc1.in_features, num_experts, top_k, noise), experts)
 
-# %% ../../nbs/lib/37_dset.ipynb #11845776
+# %% ../../nbs/lib/37_dset.ipynb #80db952e
 class DSET(RTDETR):
     "RT-DETRv2 with pruned tokens and mixtures of experts. Parameters: `DSETParams`. Source: 001, spec/3."
     Params = DSETParams
@@ -137,7 +137,7 @@ class DSET(RTDETR):
         for where, layer in self.feed_forward_layers():
             if experts := getattr(p, f"{where}_experts"):
                 layer.mlp = mixture(layer.mlp, experts, getattr(p, f"{where}_top_k"), "gelu" if where == "encoder" else "relu", p.expert_width, p.router_noise)
-        self.set_shares(1.0 if p.prune_warmup else 0.0)
+        self.set_shares(0.0)
 
     def feed_forward_layers(self):
         "(encoder or decoder, transformers' layer) for all layers with a feed-forward network."
