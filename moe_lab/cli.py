@@ -309,14 +309,15 @@ def stopwatch(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
 
-# %% ../nbs/lib/69_cli.ipynb #a5376c10
+# %% ../nbs/lib/69_cli.ipynb #09098da6
 @command
 def done(site: Annotated[Path, typer.Option(help="the rendered site")] = Path("site")):
     "Say where the site lies and print each run's headline numbers."
-    import json
-    table = Table("run", "AP50 val", "AP val", "AP50 test", "AP test", box=None)
-    for file in sorted(Path("runs").glob("*/metrics.json")):
-        metrics = json.loads(file.read_text())
-        table.add_row(file.parent.name, *(f"{metrics[split][name]:.3f}" for split in ("val", "test") for name in ("AP50", "AP")))
-    console.print(table)
+    import itertools
+    from moe_lab.report import ap, headline, load_runs
+    names = lambda run: headline(run.metrics["val"])
+    for columns, runs in itertools.groupby(sorted(load_runs(Path("runs")), key=names), names):
+        table = Table("run", *(f"{name} {split}" for split in ("val", "test") for name in columns), box=None)
+        for run in runs: table.add_row(run.name, *(ap(run.metrics.get(split, {}).get(name)) for split in ("val", "test") for name in columns))
+        console.print(table)
     console.print(f"Open {site / 'index.html'} in a browser.", highlight=False)

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
            'write_closures', 'plan_text', 'write_plans']
 
-# %% ../nbs/lib/61_closure.ipynb #46bbb9f2
+# %% ../nbs/lib/61_closure.ipynb #3b32126b
 import ast
 import hashlib
 import json
@@ -18,6 +18,7 @@ import nbformat
 
 from .data.readers import READERS
 from .detectors import REGISTRY
+from .judges import JUDGES
 from .params import Params, UserError, load
 
 # %% ../nbs/lib/61_closure.ipynb #781bb801
@@ -75,7 +76,7 @@ def notebook_imports(
     lines = [line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!"))]
     return imported_modules("\n".join(lines), "", modules)
 
-# %% ../nbs/lib/61_closure.ipynb #2a280c9f
+# %% ../nbs/lib/61_closure.ipynb #bd97b3a8
 def stage_closures(
     root: Path = Path("."),  # the checkout
 ) -> dict[str, list[str]]:  # 'train/<detector>', 'data/<dataset>', 'analysis/<notebook>', 'tour' -> module names
@@ -83,7 +84,7 @@ def stage_closures(
     modules = package_modules(root)
     trainer = notebook_imports(Path(root) / "nbs/pipeline/train.ipynb", modules)
     stages = {f"train/{name}": closure(trainer | {target.split(":")[0]}, modules) for name, target in REGISTRY.items()}
-    stages |= {f"data/{name}": closure({target.split(":")[0]}, modules) for name, target in READERS.items()}
+    stages |= {f"data/{name}": closure({target.split(":")[0], JUDGES[name].split(":")[0]}, modules) for name, target in READERS.items()}
     readers = {f"analysis/{notebook.stem}": notebook for notebook in sorted((Path(root) / "nbs/analysis").glob("*.ipynb"))}
     readers["tour"] = Path(root) / "nbs/00_tour.ipynb"
     return stages | {stage: closure(notebook_imports(notebook, modules), modules) for stage, notebook in readers.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Restore', 'Gate', 'keep_ratio', 'keep_count', 'ImportancePredictor', 'select', 'gather', 'restore', 'gated',
            'box_mask', 'object_tokens', 'mask_loss', 'object_recall', 'pruning_loss', 'Pruned', 'TokenPruner',
-           'position_maps', 'SpatialTokenPruner']
+           'cell_centres', 'position_maps', 'SpatialTokenPruner']
 
 # %% ../nbs/lib/12_pruning.ipynb #c098e6e4
 import math
@@ -215,16 +215,26 @@ class TokenPruner(nn.Module):
 
     def __getstate__(self): return self.__dict__ | dict(last=None)
 
-# %% ../nbs/lib/12_pruning.ipynb #3554f3f8
+# %% ../nbs/lib/12_pruning.ipynb #369bf0ab
+def cell_centres(
+    grid: tuple[int, int], # H, W
+    cells: Tensor | None = None, # (...) int64, row by row; None = all
+) -> Tensor: # (..., 2) x, y in 0..1
+    "Where cells of a grid lie."
+    height, width = grid
+    cells = torch.arange(height * width) if cells is None else cells
+    return torch.stack([(cells % width + .5) / width, (cells // width + .5) / height], -1)
+
+# %% ../nbs/lib/12_pruning.ipynb #38fe8646
 def position_maps(
     grid: tuple[int, int], # H, W
     device: torch.device | str | None = None,
 ) -> Tensor: # (H × W, 3) in 0..1: centre, edge, height
     "Nearness to the centre and to the nearest edge, and how far down a token lies."
-    y, x = torch.meshgrid(*((torch.arange(n, device=device) + .5) / n for n in grid), indexing="ij")
+    x, y = cell_centres(grid, torch.arange(grid[0] * grid[1], device=device)).unbind(-1)
     centre = 1 - torch.hypot(y - .5, x - .5) * 2 ** .5
     edge = 1 - 2 * torch.stack([y, 1 - y, x, 1 - x]).amin(0)
-    return torch.stack([centre, edge, y], -1).flatten(0, 1)
+    return torch.stack([centre, edge, y], -1)
 
 class SpatialTokenPruner(TokenPruner):
     "A token pruner with a learned prior over the image: centre, edge, height. Source: 001, spec/3."

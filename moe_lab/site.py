@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'CARDS', 'CHIPS', 'NOTEBOOK', 'FOLD', 'STYLES', 'SCRIPT', 'LOGO', 'THEME', 'NOTEBOOKS', 'PAGES', 'LOADS',
-           'inline', 'chips', 'headline', 'thumbnail', 'Card', 'make_card', 'cards_html', 'toctree', 'runs_table',
+           'inline', 'chips', 'headline_facts', 'thumbnail', 'Card', 'make_card', 'cards_html', 'toctree', 'runs_table',
            'section_page', 'hero', 'front_page', 'write_looks', 'settings', 'is_opaque', 'mark_opaque', 'dress',
            'write_source', 'readable', 'render', 'References', 'references', 'problem', 'check_site', 'replace_folder',
            'Site', 'build_site']
 
-# %% ../nbs/lib/62_site.ipynb #aef388bf
+# %% ../nbs/lib/62_site.ipynb #791c47f0
 import base64
 import html
 import io
@@ -34,7 +34,7 @@ from sphinx.util.docutils import docutils_namespace, patch_docutils
 from .pages import (SECTIONS, Page, Section, addresses, clean, collect, failure, first_of, first_sentences, fold, heading, notice,
                            provenance, read_page, run_of, texts)
 from .params import UserError
-from .report import Run, ap, load_runs, si, summary, table
+from .report import Run, ap, headline, load_runs, si, summary, table
 
 # %% ../nbs/lib/62_site.ipynb #338d6d19
 def inline(
@@ -51,13 +51,13 @@ def chips(
     each = "".join(f'<span class="chip"><i>{html.escape(label)}</i> {html.escape(value)}</span>' for label, value in facts.items())
     return f'<span class="chips">{each}</span>' if facts else ""
 
-# %% ../nbs/lib/62_site.ipynb #ccf09844
-def headline(
+# %% ../nbs/lib/62_site.ipynb #b01b9092
+def headline_facts(
     run: Run,  # a finished run
 ) -> dict[str, str]:  # label -> value
     "The numbers that a card shows."
     val, model = run.metrics.get("val", {}), run.metrics.get("model", {})
-    facts = {"AP50": ap(val.get("AP50")), "AP": ap(val.get("AP"))}
+    facts = {name: ap(val.get(name)) for name in headline(val)}
     return {**facts, "parameters": si(model["parameters"])} if "parameters" in model else facts
 
 # %% ../nbs/lib/62_site.ipynb #64cca31c
@@ -93,7 +93,7 @@ class Card:
         body = f'<span class="body">{name}<span class="text">{inline(self.text)}</span>{chips(self.facts)}</span>'
         return f'<a class="page-card" href="{up}{self.slug}.html">{picture}{body}</a>'
 
-# %% ../nbs/lib/62_site.ipynb #250c60b3
+# %% ../nbs/lib/62_site.ipynb #92b8af8c
 def make_card(
     page: Page,  # what it leads to
     nb: NotebookNode,  # as executed
@@ -105,7 +105,7 @@ def make_card(
     if page.section == "questions": text = first_sentences(first_of(nb, "text/markdown")[1]) or text
     number = re.match(r"\d*", page.source.stem).group() if inner else ""
     picture = "" if inner else thumbnail(page, nb, static)
-    facts = headline(runs[run]) if run in runs and not failure(nb) else {}
+    facts = headline_facts(runs[run]) if run in runs and not failure(nb) else {}
     return Card(page.slug, page.run or title, text, facts, picture, bool(failure(nb)), number)
 
 # %% ../nbs/lib/62_site.ipynb #eb84bf27

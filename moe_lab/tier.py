@@ -42,7 +42,7 @@ def tier() -> dict:
     return {"device": device, "cpu": cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "system": platform.system(), "packages": {name: installed(name) for name in NUMERIC}}
 
-# %% ../nbs/lib/02_tier.ipynb #60fa45c7
+# %% ../nbs/lib/02_tier.ipynb #8d61a0ab
 def make_deterministic(
     seed: int,  # of Python, numpy and torch
     threads: int,  # CPU threads; sums depend on their number
@@ -53,6 +53,6 @@ def make_deterministic(
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False

@@ -134,14 +134,14 @@ def history_csv(
     writer.writerows({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()} for row in rows)
     return text.getvalue()
 
-# %% ../nbs/lib/40_train.ipynb #0a7de54e
+# %% ../nbs/lib/40_train.ipynb #e45e2f27
 def epoch_line(
     row: dict[str, float],  # of the history
     epochs: int,  # in total
 ) -> str:
     "One line of progress."
     numbers = [f"{k.split('/', 1)[1]} {v:.4g}" for k, v in row.items() if k.startswith("train/")]
-    numbers += [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in row.items() if k in ("val/AP", "val/AP50")]
+    numbers += [f"{k.split('/', 1)[1]} {v:.3f}" for k, v in row.items() if k in ("val/AP", "val/AP50", "val/mAP", "val/NDS")]
     return f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  " + "  ".join(numbers)
 
 # %% ../nbs/lib/40_train.ipynb #4f14d4fe

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lab import checkpoint, pruning
-from moe_lab.detectors.dset import CONFIGURATIONS, DSET, DSETParams
+from conftest import ROOT
+from moe_lab import checkpoint, params, pruning
+from moe_lab.detectors.dset import DSET, DSETParams
 from moe_lab.detectors.rtdetr import RTDETR
 from moe_lab.detectors.sparse_rtdetr import fold
 from moe_lab.export import export_onnx, exportable
@@ -300,9 +301,12 @@ def test_resume_across_the_schedule(tmp_path):
 
 
 def test_published_configurations():
+    paper = params.load(ROOT / "params.yaml", "paper")
+    runs = dict(dset_r18="dset", dset_r50="dset_r50")
+    bases = dict(dset_r18="rtdetr", dset_r50="rtdetr_r50")
     with torch.device("meta"):
-        sizes = {name: DSET(8, **fields) for name, fields in CONFIGURATIONS.items()}
-        base = {name: RTDETR(8, backbone=name[-3:], expansion=fields.get("expansion", .5), decoder_layers=fields.get("decoder_layers", 3)) for name, fields in CONFIGURATIONS.items()}
+        sizes = {name: DSET(8, **paper.run(run).model) for name, run in runs.items()}
+        base = {name: RTDETR(8, **paper.run(run).model) for name, run in bases.items()}
     count = lambda model: sum(p.numel() for p in model.parameters())
     ffn, scorer = 2 * 256 * 1024 + 1024 + 256, 256 * 128 + 128 + 128 + 1
     assert count(sizes["dset_r18"]) - count(base["dset_r18"]) == (ffn + 2 * 257) + 3 * (2 * ffn + 3 * 257) + scorer

@@ -122,7 +122,7 @@ class KeyBatches(Sampler):
     def __len__(self) -> int:
         return len(self.batches())
 
-# %% ../../nbs/lib/20_data_core.ipynb #e8bc6817
+# %% ../../nbs/lib/20_data_core.ipynb #6ddf5223
 def _quiet_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
@@ -140,7 +140,7 @@ def make_loader(
     if workers and hasattr(dataset, "fill_cache"):
         dataset.fill_cache()
     keys = KeyBatches(len(dataset), batch_size, seed, shuffle, rank, world_size)
-    return DataLoader(dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
+    return DataLoader(dataset, batch_sampler=keys, collate_fn=getattr(dataset, "collate", collate), num_workers=workers, persistent_workers=workers > 0,
                       worker_init_fn=_quiet_worker, pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed))
 
 # %% ../../nbs/lib/20_data_core.ipynb #2ac811ca

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_json', 'column', 'mend_boxes', 'box_notes', 'Index', 'read_image', 'DetectionDataset']
 
-# %% ../../nbs/lib/22_data_reader.ipynb #2ee046ef
+# %% ../../nbs/lib/22_data_reader.ipynb #846b9ba5
 import json
 import logging
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .augment import Augment, Labelled, letterbox
 from .core import make_sample, sample_rng
-from ..params import AugmentParams, UserError
+from ..params import AugmentParams, DataParams, UserError
 
 # %% ../../nbs/lib/22_data_reader.ipynb #ecb82053
 def parse_json(
@@ -106,7 +106,7 @@ def read_image(
         raise UserError(f"{path}: the image is {state}; copy it again or remove its entry")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
-# %% ../../nbs/lib/22_data_reader.ipynb #bc78a3da
+# %% ../../nbs/lib/22_data_reader.ipynb #c27437bd
 class DetectionDataset(Dataset):
     "Images with boxes as samples of network size; keys are (epoch, index). Readers fill `index` and inherit the rest."
 
@@ -132,6 +132,11 @@ class DetectionDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @staticmethod
+    def own_settings(data: DataParams, split: str) -> dict:
+        "Further arguments of the constructor, from a run's parameters; images need none."
+        return {}
 
 # %% ../../nbs/lib/22_data_reader.ipynb #2292aa6f
 @patch(as_prop=True)
