@@ -49,7 +49,7 @@ def given_parameters(
             raise UserError(f"-p {name}: expected NAME=VALUE")
     return {name: YAML(typ="safe").load(value) for name, _, value in split}
 
-# %% ../nbs/lib/69_cli.ipynb #dec0be76
+# %% ../nbs/lib/69_cli.ipynb #084066e5
 def training_parameters(
     notebook: Path,  # the training notebook
     run: str,  # name of a run
@@ -59,14 +59,14 @@ def training_parameters(
 ) -> tuple[dict, int]:  # the notebook's parameters, and the number of threads
     "Check the parameter file and the run's name before a kernel starts."
     from moe_lab.params import load
-    params = load(params_file, others.pop("profile", None))
+    params = load(params_file, others.pop("profile", None), only=[run])
     params.run(run)
     here = lambda path: Path(os.path.relpath(path, notebook.parent)).as_posix()
     others = {name: here(value) if isinstance(value, Path) else value for name, value in others.items() if value is not None}
     return {"run": run, "profile": params.profile, "params_file": here(params_file), "resume": here((out or Path("runs") / run) / ".resume"), "data_root": "",
             **others}, params.threads
 
-# %% ../nbs/lib/69_cli.ipynb #066c8074
+# %% ../nbs/lib/69_cli.ipynb #1f71e0b7
 @command
 def run(
     notebook: Annotated[Path, typer.Argument(help="notebook to execute")],
@@ -82,7 +82,7 @@ def run(
     from moe_lab.params import load
     from moe_lab.run import run_notebook
     given, threads = (training_parameters(notebook, run, params_file, out, profile=profile, seed=seed, start=start) if run
-                      else ({}, load(params_file).threads))
+                      else ({}, load(params_file, only=[]).threads))
     target = out or Path("runs" if run else "reports") / (run or "")
     for file in run_notebook(notebook, target, {**given, **given_parameters(param)}, threads=threads):
         console.print(f"  {file}", style="dim", highlight=False)
@@ -272,7 +272,7 @@ def import_rtdetr(
     import_hub(folder, out, classes)
     console.print(f"  {out}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #248a8afb
+# %% ../nbs/lib/69_cli.ipynb #aed668cd
 @command
 def export(
     run: Annotated[str, typer.Option(help="a run of params.yaml with detector rtdetr or dset")],
@@ -284,7 +284,7 @@ def export(
     from moe_lab.detect import find_checkpoint, load_detector
     from moe_lab.export import export_onnx
     from moe_lab.params import load
-    model, saved = load_detector(find_checkpoint(run, known=list(load(params_file).runs)))
+    model, saved = load_detector(find_checkpoint(run, known=list(load(params_file, only=[]).runs)))
     target = out or Path(f"{run}.onnx")
     export_onnx(model, target, saved.image_size, dense_experts=dense_experts)
     console.print(f"  {target}", style="dim", highlight=False)

@@ -230,7 +230,7 @@ class Records:
         if self.experts:
             checkpoint.write_bytes(out / "experts.json", _lines(self.experts))
 
-# %% ../nbs/lib/66_detect.ipynb #e34583e6
+# %% ../nbs/lib/66_detect.ipynb #c2dd86a9
 def run_settings(
     run: str,  # name of a run
     params_file: Path,  # parameter file; may be absent
@@ -238,7 +238,7 @@ def run_settings(
     **changes,  # replace what the run says; None = as it says
 ) -> tuple[EvalParams, list[str]]:  # thresholds, and all runs of the file
     "How a run is evaluated. `UserError` for a value out of range."
-    runs = load(params_file).runs if params_file.exists() else {}
+    runs = load(params_file, only=[]).runs if params_file.exists() else {}
     base = runs[run].evaluate if run in runs else EvalParams()
     given = {k: v for k, v in changes.items() if v is not None}
     asked = validated(EvalParams, {**base.model_dump(), **given, "conf": conf}, "options")

@@ -50,12 +50,13 @@ def panels(
         ax.set_axis_off()
     return fig, list(axes.flat)
 
-# %% ../nbs/lib/56_judge_boxes.ipynb #cf7abfd2
+# %% ../nbs/lib/56_judge_boxes.ipynb #e69dec7b
 class BoxJudge:
     "Judges detections on one split of images, by pycocotools."
 
     headline = ("AP", "AP50")  # the numbers that stand for all others
-    detail = "AP50/"  # begins the names of what is measured by class and by condition
+    detail = ("AP50/",)  # begin the names of what is measured by class and by condition
+    compared_on = "val"  # the split on which alternatives are judged
 
     def __init__(self, dataset: DetectionDataset):
         self.dataset, self.truth = dataset, load_ground_truth(dataset.ground_truth())

@@ -251,18 +251,20 @@ def _check_start(name: str, runs: Mapping[str, RunParams], file: str, raw: Any) 
             raise UserError(f"{file}{_line(raw, where)}: {'.'.join(where)}: {' from '.join([*seen, start])} is a circle; let one of them start from scratch")
         seen.append(start)
 
-# %% ../nbs/lib/00_params.ipynb #244f1356
+# %% ../nbs/lib/00_params.ipynb #f641e2f1
 def load(
     path: str | Path = "params.yaml",  # parameter file
     profile: str | None = None,  # overrides the file's own `profile`
+    only: Iterable[str] | None = None,  # runs whose `model` is checked and completed; None = all
 ) -> Params:  # everything, checked
-    "Read, merge and check a parameter file. Errors name file, line, key and fix."
+    "Read, merge and check a parameter file. Errors name file, line, key and fix. Checking a `model` imports its detector, which `only` spares."
     raw, file = read_yaml(path), str(path)
     values = _apply_profile(plain(raw), profile or str(raw.get("profile", "tiny")), file)
     params = validated(Params, values, file, raw=raw)
     for name in params.runs:
         _check_start(name, params.runs, file, raw)
-    return params.model_copy(update={"runs": {name: _checked_model(name, run, file, raw) for name, run in params.runs.items()}})
+    asked = params.runs if only is None else set(only)
+    return params.model_copy(update={"runs": {name: _checked_model(name, run, file, raw) if name in asked else run for name, run in params.runs.items()}})
 
 # %% ../nbs/lib/00_params.ipynb #525950f9
 def describe(

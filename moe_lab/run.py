@@ -6,7 +6,13 @@
 __all__ = ['UNSTABLE', 'notebook_parameters', 'check_parameters', 'normalise', 'run_environment', 'Progress', 'explain_failure',
            'publish', 'run_notebook', 'run_in_process', 'run_many', 'displayed_markdown']
 
-# %% ../nbs/lib/60_run.ipynb #edc9100a
+# %% ../nbs/lib/60_run.ipynb #9fa48c9d
+import sys
+
+# %% ../nbs/lib/60_run.ipynb #73a3b9d5
+sys.modules.setdefault("rfc3987_syntax", None)
+
+# %% ../nbs/lib/60_run.ipynb #76f15b75
 import ast
 import contextlib
 import io
@@ -15,7 +21,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path

@@ -395,8 +395,9 @@ def make_world(
     fresh.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/lib/28_synthetic.ipynb #59b6d7c6
-WORLDS = dict(coco=('moe_lab.data.synthetic:make_coco', (320, 256)), dair_v2x=('moe_lab.data.synthetic_dair:make_dair', (448, 256))) # writer; width, height
+# %% ../../nbs/lib/28_synthetic.ipynb #47fbaafc
+WORLDS = dict(coco=('moe_lab.data.synthetic:make_coco', (320, 256)), dair_v2x=('moe_lab.data.synthetic_dair:make_dair', (448, 256)),
+              nuscenes=('moe_lab.data.synthetic_nuscenes:make_nuscenes', (224, 126))) # writer; width, height
 
 def writer(name: str) -> Callable: # writes a data set into a folder
     "The function that writes a world"
