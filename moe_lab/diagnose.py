@@ -128,7 +128,7 @@ def out_of_band(
     return [Finding(name, row[name], band) for band in bands for name in row
             if band.applies(name, experts[group(name)]) and not band.low <= row[name] <= band.high]
 
-# %% ../nbs/lib/42_diagnose.ipynb #b7b4830f
+# %% ../nbs/lib/42_diagnose.ipynb #88790eec
 class RoutingRecorder:
     "Notes the routing of every image; called with each batch and its outputs."
 
@@ -137,12 +137,13 @@ class RoutingRecorder:
     def __call__(
         self,
         batch: dict, # with image_ids and conditions
-        outputs # of a detector; with `routing` if it routes
+        outputs # of a detector; with `routing` if it routes, and `routed` (as batch) if what it routes is not what the batch counts
     ) -> None:
         routing = getattr(outputs, "routing", None)
         if routing is None: return
+        about = getattr(outputs, "routed", None) or batch
         columns = (routing.indices, routing.weights.double().cpu(), routing.probs.double().cpu())
-        for image_id, condition, experts, weights, probs in zip(batch["image_ids"], batch["conditions"], *(c.tolist() for c in columns)):
+        for image_id, condition, experts, weights, probs in zip(about["image_ids"], about["conditions"], *(c.tolist() for c in columns)):
             self.records.append(dict(image_id=image_id, condition=condition, experts=experts,
                                      weights=[round(w, 5) for w in weights], probs=[round(p, 5) for p in probs]))
 

@@ -16,9 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-# %% ../nbs/lib/00_params.ipynb #2c8756f4
+# %% ../nbs/lib/00_params.ipynb #b806900f
 class UserError(ValueError):
     "Something the user can mend; the text names the file, the key and the fix."
+
+    def __init__(self, text: str):
+        super().__init__(text.rsplit("UserError: ", 1)[-1].strip() if text.startswith("Caught UserError") else text)
 
 # %% ../nbs/lib/00_params.ipynb #7d6fd1a0
 def nearest(
@@ -47,7 +50,7 @@ class AugmentParams(Strict):
     scale: float = Field(0.0, ge=0, lt=1, description="gain drawn from 1-scale to 1+scale")
     flip: float = Field(0.0, ge=0, le=1, description="probability of a left-right flip")
 
-# %% ../nbs/lib/00_params.ipynb #d4df1598
+# %% ../nbs/lib/00_params.ipynb #704c85b7
 class SceneParams(Strict):
     "What only datasets with LiDAR have."
     point_range: tuple[float, float, float, float, float, float] = Field((-54.0, -54.0, -5.0, 54.0, 54.0, 3.0), strict=False, description="x, y, z from and to, metres in the LiDAR frame; what lies outside is not seen")
@@ -58,6 +61,7 @@ class SceneParams(Strict):
     translate: float = Field(0.0, ge=0, description="standard deviation of a random shift along each axis, metres")
     flip: float = Field(0.0, ge=0, le=1, description="probability of a flip along x, and of one along y")
     tilt: float = Field(0.0, ge=0, le=45, description="largest random turn of a camera image, degrees")
+    zoom: float = Field(1.0, gt=0, description="size of images, relative to just covering the network's input")
 
 # %% ../nbs/lib/00_params.ipynb #71f385dd
 class DataParams(Strict):

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from ..params import RunParams, UserError, nearest
 
-# %% ../../nbs/lib/24_data_readers.ipynb #3c963549
+# %% ../../nbs/lib/24_data_readers.ipynb #be22bc61
 READERS = {
     "coco": "moe_lab.data.coco:CocoDetection",
     "dair_v2x": "moe_lab.data.dair_v2x:DairV2X",
+    "nuscenes": "moe_lab.data.nuscenes:NuScenesDetection",
 }
 
 

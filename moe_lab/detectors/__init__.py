@@ -9,13 +9,16 @@ __all__ = ['REGISTRY', 'detector_class', 'params_class', 'build']
 import importlib
 from ..params import Strict, UserError, nearest, validated
 
-# %% ../../nbs/lib/39_detectors.ipynb #52a2c07d
+# %% ../../nbs/lib/39_detectors.ipynb #e1b8d1cb
 REGISTRY = {
     "yolov7_tiny": "moe_lab.detectors.yolov7:YOLOv7Tiny",
     "moe_yolo": "moe_lab.detectors.moe_yolo:MoEYOLO",
     "four_head": "moe_lab.detectors.four_head:FourHead",
     "rtdetr": "moe_lab.detectors.rtdetr:RTDETR",
     "dset": "moe_lab.detectors.dset:DSET",
+    "bevfusion": "moe_lab.detectors.bevfusion:BEVFusion",
+    "cbdes": "moe_lab.detectors.cbdes:CBDES",
+    "cmt": "moe_lab.detectors.cmt:CMT",
 }
 
 def detector_class(
