@@ -237,13 +237,13 @@ def readme(
     out.write_text(displayed_markdown(nbformat.read(executed, as_version=4)), encoding="utf-8")
     console.print(f"  {out}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #926447ba
+# %% ../nbs/lib/69_cli.ipynb #bd4fe3b8
 @command
 def samples(
     out: Annotated[Path, typer.Option(help="folder for the datasets")],
     scale: Annotated[int, typer.Option(min=1, help="multiplies the number of images")] = 1,
     seed: Annotated[int, typer.Option(help="another seed, another world")] = 0,
-    world: Annotated[list[str], typer.Option(help="coco or dair_v2x; may be repeated; all if not given")] = [],
+    world: Annotated[list[str], typer.Option(help="coco, dair_v2x or nuscenes; may be repeated; all if not given")] = [],
 ):
     "Generate the sample datasets, or larger ones of the same kind."
     from moe_lab.data.synthetic import WORLDS, make_samples

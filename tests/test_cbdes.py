@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_lab import cbdes_report
 from moe_lab.data.scene import toy_batch, without
+from moe_lab.detectors.bevfusion import BEVFusion
 from moe_lab.detectors.camera_branch import BACKBONES, CameraBackbone
 from moe_lab.detectors.camera_pool import favourite_share
 from moe_lab.detectors.cbdes import CBDES
@@ -121,6 +122,26 @@ def test_evaluation_does_not_count_favourites():
     counts = model.balance.cumulative.counts.clone()
     with torch.no_grad(): model.eval().loss(model(batch), batch)
     assert counts.sum() == 6 and torch.equal(counts, model.balance.cumulative.counts)
+
+
+@pytest.mark.parametrize("camera_weight", [0.0, 0.5])
+def test_a_pool_takes_over_everything_but_the_camera_backbone(camera_weight):
+    torch.manual_seed(1)
+    plain, pool = BEVFusion(10, **SMALL, camera_weight=camera_weight), CBDES(10, **SMALL, camera_weight=camera_weight, pool=MENDED)
+    fresh = copy.deepcopy(pool.state_dict())
+    pool.load_pretrained(plain.state_dict())
+    moved = {name.split(".")[0] for name, value in pool.state_dict().items() if not torch.equal(value, fresh[name])}
+    assert moved and not moved & {"backbone", "neck", "balance"}
+    assert all(torch.equal(value, pool.state_dict()[name]) for name, value in plain.state_dict().items() if name.split(".")[0] not in ("backbone", "neck"))
+    terms = pool.train().loss(pool(toy_batch(1, size=(64, 64))), toy_batch(1, size=(64, 64)))
+    assert ("camera" in terms) == bool(camera_weight) and "balance" in terms
+
+
+def test_standardised_logits_spread_the_choices():
+    "Ours: without it, to a fresh router all images look alike."
+    batch = toy_batch(4, size=(64, 64))
+    first = lambda norm: small(**MENDED | dict(router_norm=norm)).train()(batch).routing.indices[:, 0].bincount(minlength=4).max().item()
+    assert first(True) < 14 < first(False)
 
 
 def _rank(rank, port, out):

@@ -6,7 +6,7 @@
 __all__ = ['Range', 'CameraParams', 'LidarParams', 'HeadParams', 'BEVFusionParams', 'depth_histogram', 'HistogramLSS',
            'BEVOutputs', 'view_transform', 'lidar_encoder', 'BEVFusion', 'spread_out']
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #3a3affac
+# %% ../../nbs/lib/33_bevfusion.ipynb #22dcd1d8
 from dataclasses import dataclass
 from typing import Any, Literal
 import torch
@@ -17,7 +17,7 @@ from ..bev import BEVGrid
 from ..boxes import Detections
 from .camera_branch import Backbone, CameraBackbone, DepthLSS, LSSFPN, conv_norm
 from .lidar_branch import PillarEncoder, SECOND, SECONDFPN, SparseEncoder
-from .transfusion import HeadOutput, HeadWeights, TransFusionHead, head_boxes, head_loss
+from .transfusion import FEW, HeadOutput, HeadWeights, TransFusionHead, head_boxes, head_loss, map_loss, map_reader
 from ..params import Strict
 
 # %% ../../nbs/lib/33_bevfusion.ipynb #4e571dc1
@@ -47,7 +47,7 @@ class LidarParams(Strict):
     layers: int = Field(1, ge=0, description="pillars: convolutions behind the one that brings them onto the map")
     channels: int = Field(64, ge=8, description="pillars: channels of the LiDAR's BEV map")
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #aa339a1f
+# %% ../../nbs/lib/33_bevfusion.ipynb #b28ea8e0
 class HeadParams(Strict):
     "The TransFusion head, and what its losses count."
     queries: int = Field(200, ge=1, description="objects that can be found")
@@ -65,6 +65,7 @@ class HeadParams(Strict):
     box_weight: float = Field(0.25, ge=0, description="of the queries' box loss")
     dense_weight: float = Field(0.0, ge=0, description="of boxes predicted at every cell, from which queries start; 0 = there are none, as published")
     code_weights: tuple[float, ...] = Field((1.0,) * 8 + (0.2, 0.2), strict=False, description="of the ten numbers of a box code")
+    camera_weight: float = Field(0.0, ge=0, description="of a heatmap that is read off the cameras' map alone, in training; 0 = there is none, as published")
     suppress: float = Field(0.0, ge=0, description="a box of the same class closer than so many metres to a better one goes; 0 = keep all, as published")
 
 # %% ../../nbs/lib/33_bevfusion.ipynb #215d8c3a
@@ -82,7 +83,7 @@ class BEVFusionParams(HeadParams):
     norm_momentum: float | None = Field(None, gt=0, le=1, description="of all batch norms; null = 0.1, and 0.01 in SECOND and around points, as published")
     backbone_lr_scale: float = Field(1.0, gt=0, description="learning rate of the image backbone, relative to the rest")
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #969e86b7
+# %% ../../nbs/lib/33_bevfusion.ipynb #14c175d3
 def depth_histogram(
     points: Tensor, # (P, 3 or more), LiDAR frame
     lidar2image: Tensor, # (N, 4, 4)
@@ -105,19 +106,25 @@ class HistogramLSS(DepthLSS):
     "A `DepthLSS` that counts the LiDAR's points instead of drawing them."
 
     def __init__(self, grid: BEVGrid, in_channels: int, channels: int, depths: tuple[float, float, float], hidden: int, downsample: int):
-        super().__init__(grid, in_channels + len(torch.arange(*depths)), channels, depths, hidden, downsample, lidar=False)
+        bins = len(torch.arange(*depths))
+        super().__init__(grid, in_channels + bins, channels, depths, hidden, downsample, lidar=False)
+        self.trust = nn.Parameter(torch.tensor(3.0))
 
     def lift(self, features: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+        "How far away each cell's content is, and what is carried there; as in `DepthLSS`."
         sizes = batch["images"].shape[-2:], features.shape[-2:]
-        seen = [depth_histogram(p, m, *sizes, self.depths) for p, m in zip(batch["points"], batch["lidar2image"])]
-        return super().lift(torch.cat([features, torch.stack(seen).to(features)], 2), batch)
+        seen = torch.stack([depth_histogram(p, m, *sizes, self.depths) for p, m in zip(batch["points"], batch["lidar2image"])]).to(features)
+        x = self.depth_net(torch.cat([features, seen], 2).flatten(0, 1)).unflatten(0, features.shape[:2])
+        logits, carried = x.split([len(self.depths), self.channels], 2)
+        return (logits + self.trust * seen).softmax(2), carried
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #04a4d80f
+# %% ../../nbs/lib/33_bevfusion.ipynb #f210de27
 @dataclass
 class BEVOutputs:
     "What BEVFusion says about a batch."
     head: HeadOutput
     routing: Any = None # of camera backbones, where there is a choice (CBDES)
+    camera: Tensor | None = None # (B, classes, H, W) heatmap logits from the cameras' map alone
 
 def view_transform(p: BEVFusionParams, grid: BEVGrid) -> DepthLSS:
     "From image features to a BEV map, as the parameters want it."
@@ -133,7 +140,7 @@ def lidar_encoder(p: BEVFusionParams, grid: BEVGrid) -> nn.Module:
     if l.encoder == "sparse": return SparseEncoder(grid, channels=l.stages, voxel_height=l.voxel_height)
     return PillarEncoder(grid, pillar_channels=l.pillar_channels, channels=l.channels, finer=l.finer, layers=l.layers)
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #f8f62f6a
+# %% ../../nbs/lib/33_bevfusion.ipynb #f7cd484d
 class BEVFusion(nn.Module):
     "Cameras and LiDAR joined in a view from above. Source: BEVFusion (Liu 2023); spec/4."
     Params = BEVFusionParams
@@ -157,6 +164,8 @@ class BEVFusion(nn.Module):
         self.bev_neck = SECONDFPN(p.bev_channels, [p.bev_out] * len(strides), [2 ** i for i in range(len(strides))])
         self.head = TransFusionHead(self.bev_neck.channels, num_classes, self.grid, p.queries, p.hidden, p.heads, p.ffn, p.decoder_layers, p.dropout,
                                     p.head_width, p.every_cell, p.dense_weight > 0, p.memory_stride)
+        self.camera_heatmap = map_reader(self.view.channels, num_classes) if p.camera_weight and p.modality != "lidar" else None
+        if self.camera_heatmap: nn.init.constant_(self.camera_heatmap[-1].bias, FEW)
         for norm in self.modules() if p.norm_momentum else ():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm): norm.momentum = p.norm_momentum
 
@@ -167,10 +176,10 @@ class BEVFusion(nn.Module):
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]: # part -> names of modules, for ledgers
-        named = {"camera backbone": ("backbone",), "view transform": ("neck", "view"), "LiDAR encoder": ("lidar",), "fuser": ("fuser",), "BEV backbone": ("bev_backbone", "bev_neck"), "head": ("head",)}
-        return {part: names for part, names in named.items() if hasattr(self, names[0])}
+        named = {"camera backbone": ("backbone",), "view transform": ("neck", "view"), "LiDAR encoder": ("lidar",), "fuser": ("fuser",), "BEV backbone": ("bev_backbone", "bev_neck"), "head": ("head",), "camera heatmap": ("camera_heatmap",)}
+        return {part: names for part, names in named.items() if getattr(self, names[0], None) is not None}
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #f3667e10
+# %% ../../nbs/lib/33_bevfusion.ipynb #09f84963
 @patch
 def camera_maps(
     self: BEVFusion,
@@ -203,10 +212,11 @@ def forward(
     batch: dict # images (B, N, 3, H, W), points: list of (P, 5), lidar2image (B, N, 4, 4)
 ) -> BEVOutputs:
     "Everything up to the boxes' codes."
-    fused = self.fuser(torch.cat(self.bev_maps(batch), 1))
-    return BEVOutputs(self.head(self.bev_neck(self.bev_backbone(fused))))
+    maps = self.bev_maps(batch)
+    head = self.head(self.bev_neck(self.bev_backbone(self.fuser(torch.cat(maps, 1)))))
+    return BEVOutputs(head, camera=self.camera_heatmap(maps[0]) if self.camera_heatmap and self.training else None)
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #57ce7907
+# %% ../../nbs/lib/33_bevfusion.ipynb #b37d3e3d
 @patch
 def loss(
     self: BEVFusion,
@@ -216,7 +226,8 @@ def loss(
     "Loss terms of a batch."
     p = self.params
     weights = HeadWeights(p.heatmap_weight, p.class_weight, p.box_weight, p.dense_weight, p.code_weights, p.min_radius)
-    return head_loss(self.head, outputs.head, batch["targets"], weights)
+    terms = head_loss(self.head, outputs.head, batch["targets"], weights)
+    return terms | (dict(camera=p.camera_weight * map_loss(outputs.camera, self.head, batch["targets"], p.min_radius)) if outputs.camera is not None else {})
 
 # %% ../../nbs/lib/33_bevfusion.ipynb #ac115b66
 def spread_out(

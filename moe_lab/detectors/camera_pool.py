@@ -99,7 +99,7 @@ class Gate(nn.Module):
         parts = [F.conv2d(mine, kernel) for mine, kernel in zip(maps.split(work.counts), kernels) if len(mine)]
         return fused * (Collect.apply(torch.cat(parts).contiguous(), work.rows, work.places) + self.conv.bias[:, None, None]).sigmoid()
 
-# %% ../../nbs/lib/32_camera_pool.ipynb #acd91525
+# %% ../../nbs/lib/32_camera_pool.ipynb #914fa5d3
 FUSIONS = ("sum", "gate")
 
 class CameraPool(nn.Module):
@@ -114,12 +114,14 @@ class CameraPool(nn.Module):
         fusion: str = "sum", # sum, or gate: the sum times a learned gate
         router_noise: float = 0.0, # standard deviation of noise on the routing logits in training
         router_shrink: int = 1, # the router sees the image with sides divided by this
+        router_norm: bool = False, # standardise the routing logits over the data
     ):
         super().__init__()
         if fusion not in FUSIONS: raise UserError(f"fusion {fusion!r}: unknown{nearest(fusion, FUSIONS)}")
         self.width, self.router_shrink, count = width, router_shrink, len(backbones)
         self.experts = nn.ModuleDict({name: CameraExpert(backbone, width, projection) for name, backbone in backbones.items()})
         self.router = SelfAttentionRouter(count, top_k or count, router_noise) if count > 1 else None
+        if router_norm and self.router: self.router.mlp.append(nn.BatchNorm1d(count, affine=False))
         self.gates = nn.ModuleList(Gate(count, width) for _ in STRIDES) if fusion == "gate" else None
         self.forced = None  # how the pool is read: see `reading`
 

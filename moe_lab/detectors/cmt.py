@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Range', 'PAPER', 'TINY', 'SensorParams', 'QueryParams', 'CMTParams', 'ImageBranch', 'LidarBranch', 'Memory',
-           'Queries', 'Outputs', 'CMT', 'sample_content']
+           'Queries', 'Outputs', 'CMT', 'Adapted', 'sample_content']
 
 # %% ../../nbs/lib/35_cmt.ipynb #c658c3bb
 from typing import Any, Literal, NamedTuple
@@ -110,7 +110,7 @@ TINY = dict(camera="vovnet_tiny", frozen_norm=False, lidar="pillars", cell=1.2, 
             channels=64, layers=2, heads=4, ffn=128, head_hidden=32, dropout=0.,
             queries=100, ray_points=16, max_frequency=32., metres=2., norm_momentum=.1, backbone_lr_scale=1., neck_lr_scale=1., backbone_decay_scale=1.)
 
-# %% ../../nbs/lib/35_cmt.ipynb #d15563f6
+# %% ../../nbs/lib/35_cmt.ipynb #2de05912
 class ImageBranch(nn.Module):
     "Images to one map per camera at stride 16."
     def __init__(
@@ -119,12 +119,9 @@ class ImageBranch(nn.Module):
         channels: int # of the map
     ):
         super().__init__()
-        if params.camera == "resnet": self.backbone = CameraBackbone("resnet", params.camera_width, params.camera_depths)
-        else:
-            self.backbone = VoVNet(VOVNETS[params.camera], 2, params.frozen_norm)
-            self.register_buffer("mean", torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1), persistent=False)
-            self.register_buffer("std", torch.tensor([57.375, 57.12, 58.395]).view(3, 1, 1), persistent=False)
         self.resnet, self.frozen_norm = params.camera == "resnet", params.frozen_norm
+        self.backbone = CameraBackbone("resnet", params.camera_width, params.camera_depths) if self.resnet else VoVNet(VOVNETS[params.camera], 2, params.frozen_norm)
+        for name, bgr in dict(mean=(103.53, 116.28, 123.675), std=(57.375, 57.12, 58.395)).items(): self.register_buffer(name, torch.tensor(bgr).view(3, 1, 1), persistent=False)
         self.neck = CPFPN(self.backbone.channels[-2:], channels)
 
     def forward(self, images: Tensor) -> Tensor: # (B, N, 3, H, W) RGB 0..1 -> (B, N, C, H / 16, W / 16)
@@ -142,9 +139,7 @@ class ImageBranch(nn.Module):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.frozen_norm:
-            for module in self.backbone.modules():
-                if isinstance(module, nn.BatchNorm2d): module.eval()
+        if self.frozen_norm: self.backbone.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else m)
         return self
 
 # %% ../../nbs/lib/35_cmt.ipynb #958ace68
@@ -175,7 +170,7 @@ class Memory(NamedTuple):
     def tokens(self) -> Tensor: # (B, H * W + N * h * w, C): the map first, then one view after the other
         return torch.cat([self.bev.flatten(2).mT, self.views.flatten(3).mT.flatten(1, 2)], 1)
 
-# %% ../../nbs/lib/35_cmt.ipynb #35ea021c
+# %% ../../nbs/lib/35_cmt.ipynb #731d2c42
 class Queries(NamedTuple):
     "S queries: `count` matching ones first, then denoising ones."
     reference: Tensor # (B, S, 3) fractions of the point range
@@ -191,8 +186,17 @@ class Outputs(NamedTuple):
     queries: Queries
     memory: Memory # what was decoded
     dense: DenseOutput | None # in training, or if queries come from peaks
+    notes: Any = None # what `adapt` has to say
 
-# %% ../../nbs/lib/35_cmt.ipynb #ce2c7466
+# %% ../../nbs/lib/35_cmt.ipynb #105ef0f5
+def _settle(model):
+    "What the parameters change in fresh modules: speed of batch statistics, and heads that at first correct nothing."
+    p = model.params
+    for module in model.modules():
+        if p.norm_momentum and isinstance(module, nn.modules.batchnorm._BatchNorm): module.momentum = p.norm_momentum
+    for weight in (*model.heads.leave.values(), *model.heads.bias.values()) if p.dense_start else (): nn.init.zeros_(weight)
+
+# %% ../../nbs/lib/35_cmt.ipynb #f432fc1c
 class CMT(nn.Module):
     "Cross Modal Transformer. Parameters: `CMTParams`. Source: CMT (Yan 2023), spec/5."
     Params = CMTParams
@@ -205,9 +209,8 @@ class CMT(nn.Module):
         **params # fields of `Params`
     ):
         super().__init__()
-        p = self.params = self.Params(**params)
-        self.num_classes = num_classes
-        self.images, self.points = ImageBranch(p, p.channels), LidarBranch(p)
+        p, self.num_classes = self.Params(**params), num_classes
+        self.params, self.images, self.points = p, ImageBranch(p, p.channels), LidarBranch(p)
         self.grid: BEVGrid = self.points.grid
         self.shared = nn.Sequential(nn.Conv2d(self.points.channels, p.channels, 3, padding=1, bias=False), nn.BatchNorm2d(p.channels), nn.ReLU(inplace=True))
         self.encoding = CoordinateEncoding(p.channels, p.point_range, p.ray_points, p.ray_hidden, p.max_frequency)
@@ -216,19 +219,15 @@ class CMT(nn.Module):
         self.decoder = Decoder(p.layers, p.channels, p.heads, p.ffn, p.dropout)
         self.heads = TaskHeads(p.layers, p.channels, num_classes, p.head_hidden)
         self.dense = DenseHeads(p.channels, num_classes) if p.dense_weight or p.dense_view_weight else None
-        for weight in (*self.heads.leave.values(), *self.heads.bias.values()) if p.dense_start else (): nn.init.zeros_(weight)
-        for module in self.modules():
-            if p.norm_momentum and isinstance(module, nn.modules.batchnorm._BatchNorm): module.momentum = p.norm_momentum
-        self.coder = BoxCode(p.point_range[:2], 1.0)
-        self.weights = Weights(p.class_cost, p.box_cost, p.focal_weight, p.box_weight, p.background_weight, p.code_weights)
+        self.coder, self.weights = BoxCode(p.point_range[:2], 1.0), Weights(p.class_cost, p.box_cost, p.focal_weight, p.box_weight, p.background_weight, p.code_weights)
+        _settle(self)
 
     def forward(self, batch: dict[str, Any]) -> Outputs: # batch: see CONTRIBUTING, "Batch in 3D"
         if self.training: batch = cover_sensors(batch, self.params.cover_cameras, self.params.cover_lidar)
         memory = self.memory(batch)
-        dense = self.look_around(memory)
-        queries = self.queries(memory, batch, dense)
-        adapted, bias = self.adapt(memory, queries)
-        return self.decode(adapted, queries, bias, dense if adapted is memory else None)
+        queries = self.queries(memory, batch, dense := self.look_around(memory))
+        adapted, bias, notes = self.adapt(memory, queries)
+        return self.decode(adapted, queries, bias, dense if adapted is memory else None)._replace(notes=notes)
 
 # %% ../../nbs/lib/35_cmt.ipynb #f53dbd3b
 @patch
@@ -266,15 +265,21 @@ def reachable(self: CMT, targets: list[dict]) -> list[dict]:
     inside = [((xy := self.coder.encode(t["boxes"])[:, :2]) >= 0).all(1) & (xy < xy.new_tensor(sides)).all(1) for t in targets]
     return [dict(boxes=t["boxes"][i], labels=t["labels"][i]) for t, i in zip(targets, inside)]
 
-# %% ../../nbs/lib/35_cmt.ipynb #b1739420
+# %% ../../nbs/lib/35_cmt.ipynb #6062d8e1
+class Adapted(NamedTuple):
+    "What is decoded, and what is to be remembered."
+    memory: Memory
+    bias: Tensor | None = None # (B, count, T) or (B, heads, count, T), added to the logits of cross-attention
+    notes: Any = None # for the loss and for whoever watches
+
 @patch
 def adapt(
     self: CMT,
     memory: Memory,
     queries: Queries # only the first `count` exist in evaluation: whatever is done must not look at the others
-) -> tuple[Memory, Tensor | None]: # the memory to decode; (B, count, T) or (B, heads, count, T) for the logits of cross-attention
+) -> Adapted:
     "What happens between encoding and decoding: nothing."
-    return memory, None
+    return Adapted(memory)
 
 # %% ../../nbs/lib/35_cmt.ipynb #8012c957
 @patch
@@ -364,21 +369,25 @@ def dense_loss(self: CMT, outputs: Outputs, truth, count: float) -> dict[str, Te
     found = dense_bill(outputs.dense, truth._replace(codes=truth.codes * scale), outputs.memory.lidar2image, outputs.memory.image_size, cell, count, p.code_weights)
     return {name: (p.dense_view_weight if name == "dense_view" else p.dense_weight) * term for name, term in found.items()}
 
-# %% ../../nbs/lib/35_cmt.ipynb #f5b644ad
+# %% ../../nbs/lib/35_cmt.ipynb #bd0766ad
+@patch
+def owners(self: CMT) -> list[tuple[str, float, float, nn.Module]]: # name, factor on the learning rate, factor on the decay, module
+    "Who owns weights; the last one owns the rest."
+    p = self.params
+    return [("backbone", p.backbone_lr_scale, p.backbone_decay_scale, self.images.backbone), ("neck", p.neck_lr_scale, 1.0, self.images.neck), ("rest", 1.0, 1.0, self)]
+
 @patch
 def param_groups(
     self: CMT,
     train # TrainParams, for its weight_decay
 ) -> list[dict]: # for any torch optimiser
-    "Backbone, neck and the rest, each with and without decay."
-    p, groups, seen = self.params, [], set()
-    owners = [("backbone", p.backbone_lr_scale, p.backbone_decay_scale, self.images.backbone), ("neck", p.neck_lr_scale, 1.0, self.images.neck), ("rest", 1.0, 1.0, self)]
-    for name, scale, decay_scale, module in owners:
+    "Backbone, neck and the rest, each with and without decay; reference points are never decayed."
+    groups, seen = [], set()
+    for name, scale, decay_scale, module in self.owners():
         mine = [q for q in module.parameters() if q.requires_grad and id(q) not in seen]
         seen |= set(map(id, mine))
-        flat = lambda q: q.ndim < 2 or q is self.reference.weight
         for decay in (True, False):
-            picked = [q for q in mine if flat(q) != decay]
+            picked = [q for q in mine if (q.ndim > 1 and q is not self.reference.weight) == decay]
             if picked: groups.append(dict(params=picked, weight_decay=train.weight_decay * decay_scale * decay, lr_scale=scale, name=name))
     return groups
 

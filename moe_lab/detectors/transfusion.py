@@ -6,7 +6,7 @@
 __all__ = ['CODE_PARTS', 'FEW', 'Truth', 'join_truth', 'gaussian_radius', 'heatmap_targets', 'gaussian_focal_loss', 'Peaks',
            'find_peaks', 'position_embedding', 'DecoderLayer', 'PredictionHead', 'HeadOutput', 'map_reader',
            'TransFusionHead', 'MatchWeights', 'match_cost', 'assign', 'mean_count', 'focal_loss', 'HeadWeights',
-           'query_loss', 'dense_loss', 'head_loss', 'head_boxes']
+           'query_loss', 'dense_loss', 'map_loss', 'head_loss', 'head_boxes']
 
 # %% ../../nbs/lib/32_transfusion.ipynb #279f1f7d
 from typing import NamedTuple
@@ -346,7 +346,19 @@ def dense_loss(dense, truth, count, weights):
     found = dense[image, :, row, column] + F.pad(codes[:, :2].floor() + .5, (0, CODE_SIZE - 2))
     return weights.dense * code_distance(found, codes, weights.codes).sum() / count
 
-# %% ../../nbs/lib/32_transfusion.ipynb #3d0c79c6
+# %% ../../nbs/lib/32_transfusion.ipynb #b74e7369
+def map_loss(
+    heatmap: Tensor, # (B, C, H, W) logits
+    head: TransFusionHead, # for its map
+    targets: list[dict], # per image: boxes (n, 9), labels (n,)
+    min_radius: int = 2
+) -> Tensor: # scalar
+    "Gaussian focal loss of a heatmap."
+    truth = join_truth(targets, head.coder, head.shape)
+    wanted = heatmap_targets(truth, heatmap.shape[1:], head.coder.cell, min_radius)
+    return gaussian_focal_loss(heatmap.float(), wanted, mean_count(sum(truth.sizes), heatmap))
+
+# %% ../../nbs/lib/32_transfusion.ipynb #52fa6748
 def head_loss(
     head: TransFusionHead,
     outputs: HeadOutput,
@@ -356,9 +368,8 @@ def head_loss(
     "The bill. Source: BEVFusion (Liu 2023): heatmap 1.0, class 1.0, box 0.25."
     truth = join_truth(targets, head.coder, head.shape)
     count = mean_count(sum(truth.sizes), outputs.heatmap)
-    wanted = heatmap_targets(truth, outputs.heatmap.shape[1:], head.coder.cell, weights.min_radius)
     layers = [query_loss(c.float(), l.float(), truth, head.coder, head.shape, count, weights) for c, l in zip(outputs.codes, outputs.logits)]
-    terms = dict(heatmap=weights.heatmap * gaussian_focal_loss(outputs.heatmap.float(), wanted, count), focal=sum(l[0] for l in layers), box=sum(l[1] for l in layers))
+    terms = dict(heatmap=weights.heatmap * map_loss(outputs.heatmap, head, targets, weights.min_radius), focal=sum(l[0] for l in layers), box=sum(l[1] for l in layers))
     if outputs.dense is not None: terms["dense"] = dense_loss(outputs.dense.float(), truth, count, weights)
     return terms
 

@@ -69,7 +69,13 @@ class OneShotBlock(nn.Module):
         out = self.gate(self.aggregate(torch.cat(seen, 1)))
         return out + maps if self.residual else out
 
-# %% ../../nbs/lib/31_vovnet.ipynb #3c592f82
+# %% ../../nbs/lib/31_vovnet.ipynb #a7fd1c17
+def _stage(inputs, inner, outputs, blocks, layers, pool):
+    "Blocks of one resolution, the first of which changes the channels."
+    first = [nn.MaxPool2d(3, 2, ceil_mode=True)] if pool else []
+    return nn.Sequential(*first, *(OneShotBlock(outputs if i else inputs, inner, outputs, layers, residual=i > 0) for i in range(blocks)))
+
+# %% ../../nbs/lib/31_vovnet.ipynb #a36e696d
 class VoVNet(nn.Module):
     "VoVNet with eSE; maps at strides 4, 8, 16 and 32, of which the last ones are given."
     def __init__(
@@ -99,11 +105,6 @@ class VoVNet(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d): module.eval()
         return self
-
-def _stage(inputs, inner, outputs, blocks, layers, pool):
-    "Blocks of one resolution, the first of which changes the channels."
-    first = [nn.MaxPool2d(3, 2, ceil_mode=True)] if pool else []
-    return nn.Sequential(*first, *(OneShotBlock(outputs if i else inputs, inner, outputs, layers, residual=i > 0) for i in range(blocks)))
 
 # %% ../../nbs/lib/31_vovnet.ipynb #ded676e2
 class CPFPN(nn.Module):
