@@ -33,6 +33,9 @@ bench: setup
 	moe-lab run nbs/pipeline/bench.ipynb --out bench -p repeats=30
 	moe-lab run nbs/pipeline/bench_moe.ipynb --out bench -p repeats=15 -p scale=1
 	moe-lab run nbs/pipeline/bench_dset.ipynb --out bench -p repeats=5 -p scale=1
+	moe-lab run nbs/pipeline/bench_bev.ipynb --out bench -p repeats=9 -p scale=1
+	moe-lab run nbs/pipeline/bench_nuscenes.ipynb --out bench -p repeats=3 -p samples=6019 -p beside=300
+	moe-lab run nbs/pipeline/bench_aqr.ipynb --out bench -p repeats=15 -p scale=1
 
 clock: setup                             # times both commands on a fresh clone
 	rm -rf build/clock && git clone -q . build/clock

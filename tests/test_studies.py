@@ -62,7 +62,7 @@ def test_studied_runs_exist_and_start_where_their_list_says():
     assert set(lists.pop("calibrated")) <= trained
     for start, names in lists.items():
         dataset, _, base = start.rpartition("from_")
-        assert {(runs[name].dataset, runs[name].init_from) for name in names} == {({"": "coco", "dair_": "dair_v2x"}[dataset], base)}
+        assert {(runs[name].dataset, runs[name].init_from) for name in names} == {({"": "coco", "dair_": "dair_v2x", "nuscenes_": "nuscenes"}[dataset], base)}
         assert any("checkpoint" in dep for dep in stages[start]["deps"]) == (base != "scratch")
 
 
