@@ -65,7 +65,7 @@ class SceneJudge:
         official = judge(self.dataset.root, self.dataset.version, self.dataset.split, samples)
         return Result(quick.metrics | official.metrics, quick.curves, official.counts)
 
-# %% ../nbs/lib/56_judge_scenes.ipynb #27365926
+# %% ../nbs/lib/56_judge_scenes.ipynb #6ee78dde
 FAILURES = ("camera", "CAM_FRONT", "lidar", "lidar/4")
 
 
@@ -75,10 +75,14 @@ def alternatives(
     model: torch.nn.Module,  # any 3D detector
     loader: DataLoader,  # of this split
     evaluate: EvalParams,
-) -> dict[str, dict[str, float]]:  # 'without <sensor>' -> metrics
-    "The numbers of the same weights with failing sensors."
-    fail = lambda sensor: self.score(self.predict(model, loader, evaluate, without=sensor), detail=False).rounded()
-    return {f"without {sensor}": fail(sensor) for sensor in FAILURES}
+) -> dict[str, dict[str, float]]:  # 'without <sensor>', or the model's own names -> metrics
+    "The numbers of the same weights with failing sensors, and of every other way to read them."
+    judged = lambda **how: self.score(self.predict(model, loader, evaluate, **how), detail=False).rounded()
+    scores = {f"without {sensor}": judged(without=sensor) for sensor in FAILURES}
+    for name, change in getattr(model, "alternatives", {}).items():
+        with model.reading(**change):
+            scores[name] = judged()
+    return scores
 
 # %% ../nbs/lib/56_judge_scenes.ipynb #a2461fba
 @patch

@@ -106,7 +106,7 @@ def output_shape(shape, kernel, stride, padding) -> tuple[int, int, int]:
     "D, H, W after a convolution."
     return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape, kernel, stride, padding))
 
-# %% ../nbs/lib/15_sparse_conv.ipynb #48c636e1
+# %% ../nbs/lib/15_sparse_conv.ipynb #ade52f23
 def strided_rules(
     keys: Tensor, # (V,)
     shape: tuple[int, int, int], # D, H, W
@@ -116,7 +116,7 @@ def strided_rules(
 ) -> tuple[list[Pairs], Tensor]: # rules; keys of the output's sites, ascending
     "Which inputs each offset takes to which outputs."
     out, coords = output_shape(shape, kernel, stride, padding), decode(keys, shape)
-    steps = [[(q := coords[:, a + 1] + padding[a] - k) // stride[a] for k in range(kernel[a])] for a in range(3)]
+    steps = [[(coords[:, a + 1] + padding[a] - k) // stride[a] for k in range(kernel[a])] for a in range(3)]
     valid = [[((coords[:, a + 1] + padding[a] - k) % stride[a] == 0) & (q >= 0) & (q < out[a]) for k, q in enumerate(steps[a])] for a in range(3)]
     found = []
     for kz in range(kernel[0]):

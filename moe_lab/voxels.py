@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['gather_points', 'group', 'group_mean', 'VoxelGrid', 'mean_voxels', 'group_max', 'decorate', 'DynamicPillars']
 
-# %% ../nbs/lib/16_voxels.ipynb #46b6417b
+# %% ../nbs/lib/16_voxels.ipynb #6e7d5a34
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .bev import BEVGrid
-from .params import UserError
 from .sparse_conv import RowNorm, SparseTensor, encode
 
 # %% ../nbs/lib/16_voxels.ipynb #ebdc1d19

@@ -4,7 +4,7 @@ import pytest
 import torch
 from types import SimpleNamespace
 from moe_lab.data.scene import toy_batch, without
-from moe_lab.detectors.bevfusion import BEVFusion
+from moe_lab.detectors.bevfusion import BEVFusion, image_hills
 
 TINY = dict(point_range=(-24, -24, -5, 24, 24, 3), cell=1.5, fused=16, bev_channels=(16, 24), bev_layers=(1, 1), bev_out=16, queries=20, hidden=32, heads=4, ffn=64, dropout=0.0, head_width=16, dense_weight=0.25,
             camera=dict(backbone="resnet", width=8, depths=[1, 1, 1, 1], options={}, neck=16, depths_range=(1, 30, 2), depth_hidden=16, depth_input="histogram", pool=1, channels=16),
@@ -118,3 +118,25 @@ def test_a_map_has_one_orientation():
         row, column = divmod(lit.argmax().item(), model.grid.shape[1])
         expected = model.grid.index(post[0, :2]).item()
         assert max(abs(row - expected // model.grid.shape[1]), abs(column - expected % model.grid.shape[1])) <= 1
+
+
+def test_tasks_of_the_cameras():
+    "Heatmaps of images and of the cameras' map exist in training alone, and everything learns from them."
+    model, batch = make(image_weight=0.5, camera_weight=0.5), toy_batch(2)
+    terms = model.loss(model(batch), batch)
+    assert {"images", "camera"} <= set(terms)
+    (terms["images"] + terms["camera"]).backward()
+    learns = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learns == {"backbone", "neck", "view", "camera_heatmap", "image_heatmap"}
+    assert not {"images", "camera"} & set(model.eval().loss(model(batch), batch))
+
+
+def test_hills_stand_where_centres_are_seen():
+    batch = toy_batch(1)
+    boxes, matrices = batch["targets"][0]["boxes"], batch["lidar2image"][0]
+    camera, box, hills = image_hills(boxes, matrices, (64, 96), (8, 12))
+    assert len(camera) >= len(boxes)
+    for k, b, hill in zip(camera, box, hills):
+        u, v, d, _ = matrices[k] @ torch.cat([boxes[b, :3], torch.ones(1)])
+        row, column = divmod(hill.argmax().item(), 12)
+        assert d > 0 and (row, column) == (int(v / d / 8), int(u / d / 8)) and hill.max() == 1

@@ -14,8 +14,8 @@ from moe_lab.detectors.cmt_denoising import make_denoising
 from moe_lab.detectors.cmt_encoding import encode_queries
 
 SPACE = (-24.0, -24.0, -5.0, 24.0, 24.0, 3.0)
-SMALL = TINY | dict(point_range=SPACE, cell=2.4, queries=12)
-HELPED = SMALL | dict(dense_weight=1.0, dense_view_weight=0.5, dense_queries=5, dense_start=True, content=True)
+SMALL = TINY | dict(point_range=SPACE, cell=2.4, queries=12, token_stride=1)
+HELPED = SMALL | dict(token_stride=2, dense_weight=1.0, dense_view_weight=0.5, dense_queries=5, dense_start=True, content=True)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_checkpoint_comes_back(tmp_path):
     torch.manual_seed(0)
     model, batch = CMT(10, **HELPED).eval(), toy_batch(1)
     save(tmp_path / "checkpoint.safetensors", model.state_dict(), {})
-    twin = CMT(10, **SMALL | dict(dense_queries=5, dense_weight=1.0, dense_view_weight=0.5, dense_start=True, content=True)).eval()
+    twin = CMT(10, **SMALL | dict(token_stride=2, dense_queries=5, dense_weight=1.0, dense_view_weight=0.5, dense_start=True, content=True)).eval()
     twin.load_pretrained(load(tmp_path / "checkpoint.safetensors")[0])
     with torch.no_grad():
         assert torch.equal(model(batch).codes, twin(batch).codes)

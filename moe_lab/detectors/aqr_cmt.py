@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'AQRCMTParams', 'sensor_maps', 'AQRCMT']
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #40dc1a0c
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #ccc521ab
 from typing import Any, Literal
 import torch
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..aqr_modulate import AttentionBias, FeatureModulator, ObjectGuess, class_residual, guess_loss, spare_small, stage_statistics
 from ..aqr_render import Combine, GaussianRenderer, Postprocess
 from ..aqr_weights import MLPWeightGenerator, SensorMaps, WeightGenerator
-from .cmt import CMT, Adapted, CMTParams, Memory, Outputs, Queries, sample_content
+from .cmt import CMT, Adapted, CMTParams, Memory, Outputs, Queries
 from .cmt_loss import assign, match_cost
 from .transfusion import join_truth
 from ..params import UserError
@@ -66,10 +66,11 @@ def sensor_maps(
     return (SensorMaps(memory.bev.flatten(2).mT[:, None], bev, on_bev, torch.ones_like(on_bev[..., 0], dtype=torch.bool)),
             SensorMaps(memory.views.flatten(3).mT, views, in_views, seen))
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #53b6bf42
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #1095068c
 class AQRCMT(CMT):
     "CMT whose queries weigh the sensors. Parameters: `AQRCMTParams`. Source: 002, 003, spec/5."
     Params = AQRCMTParams
+    adapts = True
     parts = CMT.parts | dict(aqr=("aqr",))
 
     def __init__(
@@ -91,7 +92,7 @@ class AQRCMT(CMT):
             if p.class_specific: self.aqr["residual"] = GaussianRenderer("blend", "none", p.sigma, background=0.7)
         self.seen = {}
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #99fc2998
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #5f13235c
 @patch
 def adapt(
     self: AQRCMT,
@@ -100,8 +101,7 @@ def adapt(
 ) -> Adapted:
     "Features multiplied by painted weights, or a bias for the attention. Notes: weights (B, Q, 2) of LiDAR and cameras, maps by sensor, guess."
     sensors, n = sensor_maps(memory, queries), queries.count
-    start = queries.position[:, :n] + (sample_content(memory, queries)[:, :n] if self.params.content else 0)
-    said = self.aqr["generator"](start, sensors)
+    said = self.aqr["generator"](queries.position[:, :n], sensors)
     guess = self.aqr["guess"](said.hidden) if "guess" in self.aqr else None
     notes = dict(weights=said.weights, guess=guess, maps={})
     if self.params.mode == "bias": return Adapted(memory, self.aqr["bias"](said.weights, sensors), notes)
@@ -109,7 +109,7 @@ def adapt(
     views = self.modulated("camera", memory.views, said.weights[..., 1], sensors[1], notes)
     return Adapted(memory._replace(bev=bev, views=views), None, notes)
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #a13e6fd2
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #5ca1394c
 @patch
 def modulated(
     self: AQRCMT,
@@ -127,7 +127,7 @@ def modulated(
     painted = notes["maps"][sensor] = place(renderer(weights, maps.places, maps.shape, maps.visible))
     if p.class_specific: residual = place(self.aqr["residual"](class_residual(notes["guess"][0].sigmoid(), DETECTION_NAMES), maps.places, maps.shape, maps.visible))
     after = self.aqr["modulator"](features, painted, sensor, residual)
-    if self.training: self.seen |= stage_statistics(sensor, weights.detach(), painted.detach(), features.detach(), after.detach(), int(maps.visible.sum()), float(renderer.sigma))
+    if self.training: self.seen |= stage_statistics(sensor, weights.detach(), painted.detach(), features.detach(), after.detach(), int(maps.visible.sum()), float(renderer.sigma.detach()))
     return after
 
 @patch

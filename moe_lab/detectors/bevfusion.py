@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Range', 'CameraParams', 'LidarParams', 'HeadParams', 'BEVFusionParams', 'depth_histogram', 'HistogramLSS',
-           'BEVOutputs', 'view_transform', 'lidar_encoder', 'BEVFusion', 'spread_out']
+           'image_hills', 'image_targets', 'BEVOutputs', 'view_transform', 'lidar_encoder', 'BEVFusion', 'spread_out']
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #22dcd1d8
+# %% ../../nbs/lib/33_bevfusion.ipynb #22f8f4b2
 from dataclasses import dataclass
 from typing import Any, Literal
 import torch
@@ -15,9 +15,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from ..bev import BEVGrid
 from ..boxes import Detections
+from ..boxes3d import corners
 from .camera_branch import Backbone, CameraBackbone, DepthLSS, LSSFPN, conv_norm
 from .lidar_branch import PillarEncoder, SECOND, SECONDFPN, SparseEncoder
-from .transfusion import FEW, HeadOutput, HeadWeights, TransFusionHead, head_boxes, head_loss, map_loss, map_reader
+from .transfusion import FEW, HeadOutput, HeadWeights, TransFusionHead, gaussian_focal_loss, head_boxes, head_loss, map_loss, map_reader, mean_count
 from ..params import Strict
 
 # %% ../../nbs/lib/33_bevfusion.ipynb #4e571dc1
@@ -47,7 +48,7 @@ class LidarParams(Strict):
     layers: int = Field(1, ge=0, description="pillars: convolutions behind the one that brings them onto the map")
     channels: int = Field(64, ge=8, description="pillars: channels of the LiDAR's BEV map")
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #b28ea8e0
+# %% ../../nbs/lib/33_bevfusion.ipynb #6f7a4306
 class HeadParams(Strict):
     "The TransFusion head, and what its losses count."
     queries: int = Field(200, ge=1, description="objects that can be found")
@@ -66,6 +67,7 @@ class HeadParams(Strict):
     dense_weight: float = Field(0.0, ge=0, description="of boxes predicted at every cell, from which queries start; 0 = there are none, as published")
     code_weights: tuple[float, ...] = Field((1.0,) * 8 + (0.2, 0.2), strict=False, description="of the ten numbers of a box code")
     camera_weight: float = Field(0.0, ge=0, description="of a heatmap that is read off the cameras' map alone, in training; 0 = there is none, as published")
+    image_weight: float = Field(0.0, ge=0, description="of heatmaps that are read off the images' features, in training; 0 = there are none, as published")
     suppress: float = Field(0.0, ge=0, description="a box of the same class closer than so many metres to a better one goes; 0 = keep all, as published")
 
 # %% ../../nbs/lib/33_bevfusion.ipynb #215d8c3a
@@ -83,7 +85,7 @@ class BEVFusionParams(HeadParams):
     norm_momentum: float | None = Field(None, gt=0, le=1, description="of all batch norms; null = 0.1, and 0.01 in SECOND and around points, as published")
     backbone_lr_scale: float = Field(1.0, gt=0, description="learning rate of the image backbone, relative to the rest")
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #14c175d3
+# %% ../../nbs/lib/33_bevfusion.ipynb #880424de
 def depth_histogram(
     points: Tensor, # (P, 3 or more), LiDAR frame
     lidar2image: Tensor, # (N, 4, 4)
@@ -102,6 +104,7 @@ def depth_histogram(
     count = torch.bincount(((camera * bins + at) * h + v) * w + u, minlength=len(lidar2image) * bins * h * w)
     return count.view(len(lidar2image), bins, h, w).to(points.dtype).log1p()
 
+# %% ../../nbs/lib/33_bevfusion.ipynb #8168a9ab
 class HistogramLSS(DepthLSS):
     "A `DepthLSS` that counts the LiDAR's points instead of drawing them."
 
@@ -118,12 +121,44 @@ class HistogramLSS(DepthLSS):
         logits, carried = x.split([len(self.depths), self.channels], 2)
         return (logits + self.trust * seen).softmax(2), carried
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #f210de27
+# %% ../../nbs/lib/33_bevfusion.ipynb #2a586447
+def image_hills(
+    boxes: Tensor, # (n, 9)
+    lidar2image: Tensor, # (N, 4, 4)
+    image_size: tuple[int, int], # height, width in pixels
+    map_size: tuple[int, int] # h, w of the feature map
+) -> tuple[Tensor, Tensor, Tensor]: # camera (m,), box (m,), hill (m, h, w), exactly 1 at its centre
+    "A Gaussian for each object in each image in which its centre is seen."
+    (h, w), points = map_size, torch.cat([boxes[:, None, :3], corners(boxes)], 1)
+    seen = torch.einsum("nij,bpj->nbpi", lidar2image[:, :3, :3], points) + lidar2image[:, None, None, :3, 3]
+    xy = seen[..., :2] / seen[..., 2:].clamp(min=.5) * points.new_tensor([w / image_size[1], h / image_size[0]])
+    centre, extent = xy[:, :, 0], xy[:, :, 1:].amax(2) - xy[:, :, 1:].amin(2)
+    camera, box = ((seen[:, :, 0, 2] > .5) & (centre >= 0).all(-1) & (centre < points.new_tensor([w, h])).all(-1)).nonzero().unbind(1)
+    centre, sigma = centre[camera, box].floor(), (extent[camera, box] / 6).clamp(.4, 4)
+    x, y = (torch.exp(-(torch.arange(n, device=boxes.device) - centre[:, k:k + 1]) ** 2 / (2 * sigma[:, k:k + 1] ** 2)) for k, n in ((0, w), (1, h)))
+    return camera, box, y[:, :, None] * x[:, None]
+
+# %% ../../nbs/lib/33_bevfusion.ipynb #b4aaaf12
+def image_targets(
+    batch: dict, # images, lidar2image, targets
+    shape: tuple[int, int, int] # classes, h, w
+) -> tuple[Tensor, int]: # (B * N, classes, h, w); number of hills
+    "Heatmaps of all images."
+    cameras, (classes, h, w), parts = batch["lidar2image"].shape[1], shape, []
+    for i, (target, matrices) in enumerate(zip(batch["targets"], batch["lidar2image"])):
+        camera, box, hills = image_hills(target["boxes"], matrices, batch["images"].shape[-2:], (h, w))
+        parts.append(((i * cameras + camera) * classes + target["labels"][box], hills))
+    rows, hills = map(torch.cat, zip(*parts))
+    out = hills.new_zeros(len(batch["targets"]) * cameras * classes, h * w)
+    return out.scatter_reduce_(0, rows[:, None].expand(-1, h * w), hills.flatten(1), "amax").view(-1, *shape), len(rows)
+
+# %% ../../nbs/lib/33_bevfusion.ipynb #660c2573
 @dataclass
 class BEVOutputs:
     "What BEVFusion says about a batch."
     head: HeadOutput
     routing: Any = None # of camera backbones, where there is a choice (CBDES)
+    images: Tensor | None = None # (B * N, classes, h, w) heatmap logits from the images' features
     camera: Tensor | None = None # (B, classes, H, W) heatmap logits from the cameras' map alone
 
 def view_transform(p: BEVFusionParams, grid: BEVGrid) -> DepthLSS:
@@ -140,7 +175,7 @@ def lidar_encoder(p: BEVFusionParams, grid: BEVGrid) -> nn.Module:
     if l.encoder == "sparse": return SparseEncoder(grid, channels=l.stages, voxel_height=l.voxel_height)
     return PillarEncoder(grid, pillar_channels=l.pillar_channels, channels=l.channels, finer=l.finer, layers=l.layers)
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #f7cd484d
+# %% ../../nbs/lib/33_bevfusion.ipynb #d470b1e8
 class BEVFusion(nn.Module):
     "Cameras and LiDAR joined in a view from above. Source: BEVFusion (Liu 2023); spec/4."
     Params = BEVFusionParams
@@ -166,20 +201,27 @@ class BEVFusion(nn.Module):
                                     p.head_width, p.every_cell, p.dense_weight > 0, p.memory_stride)
         self.camera_heatmap = map_reader(self.view.channels, num_classes) if p.camera_weight and p.modality != "lidar" else None
         if self.camera_heatmap: nn.init.constant_(self.camera_heatmap[-1].bias, FEW)
+        self.image_heatmap = map_reader(p.camera.neck, num_classes) if p.image_weight and p.modality != "lidar" else None
+        if self.image_heatmap: nn.init.constant_(self.image_heatmap[-1].bias, FEW)
         for norm in self.modules() if p.norm_momentum else ():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm): norm.momentum = p.norm_momentum
 
-    def make_camera_backbone(self) -> nn.Module: # with `channels` of its three maps
-        "What turns images into feature maps; another detector may put something else here."
-        c = self.params.camera
-        return CameraBackbone(c.backbone, c.width, c.depths, c.pretrained, **c.options)
+# %% ../../nbs/lib/33_bevfusion.ipynb #d8a211b1
+@patch
+def make_camera_backbone(self: BEVFusion) -> nn.Module: # with `channels` of its three maps
+    "What turns images into feature maps; another detector may put something else here."
+    c = self.params.camera
+    return CameraBackbone(c.backbone, c.width, c.depths, c.pretrained, **c.options)
 
-    @property
-    def parts(self) -> dict[str, tuple[str, ...]]: # part -> names of modules, for ledgers
-        named = {"camera backbone": ("backbone",), "view transform": ("neck", "view"), "LiDAR encoder": ("lidar",), "fuser": ("fuser",), "BEV backbone": ("bev_backbone", "bev_neck"), "head": ("head",), "camera heatmap": ("camera_heatmap",)}
-        return {part: names for part, names in named.items() if getattr(self, names[0], None) is not None}
+@patch(as_prop=True)
+def parts(self: BEVFusion) -> dict[str, tuple[str, ...]]: # part -> names of modules
+    "The lines of a ledger."
+    named = {"camera backbone": ("backbone",), "view transform": ("neck", "view"), "LiDAR encoder": ("lidar",), "fuser": ("fuser",), "BEV backbone": ("bev_backbone", "bev_neck"), "head": ("head",),
+             "camera heatmaps": ("camera_heatmap", "image_heatmap")}
+    here = {part: tuple(n for n in names if getattr(self, n, None) is not None) for part, names in named.items()}
+    return {part: names for part, names in here.items() if names}
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #09f84963
+# %% ../../nbs/lib/33_bevfusion.ipynb #6938f9fd
 @patch
 def camera_maps(
     self: BEVFusion,
@@ -197,14 +239,16 @@ def encode_cameras(
     images = batch["images"]
     return self.neck(self.camera_maps(images.flatten(0, 1))).unflatten(0, images.shape[:2])
 
+# %% ../../nbs/lib/33_bevfusion.ipynb #22ff368f
 @patch
-def bev_maps(
+def see_from_above(
     self: BEVFusion,
     batch: dict # with `images`, `points`, `lidar2image`
-) -> list[Tensor]: # (B, C, H, W) of each sensor that the model has
-    "What each sensor sees from above, before the maps are joined."
-    maps = [self.view(self.encode_cameras(batch), batch)] if hasattr(self, "view") else []
-    return maps + ([self.lidar(batch["points"])] if hasattr(self, "lidar") else [])
+) -> tuple[Tensor | None, list[Tensor]]: # features (B, N, C, h, w), if there are cameras; (B, C, H, W) of each sensor that the model has
+    "Image features, and what each sensor sees from above before the maps are joined."
+    features = self.encode_cameras(batch) if hasattr(self, "view") else None
+    maps = [self.view(features, batch)] if hasattr(self, "view") else []
+    return features, maps + ([self.lidar(batch["points"])] if hasattr(self, "lidar") else [])
 
 @patch
 def forward(
@@ -212,11 +256,12 @@ def forward(
     batch: dict # images (B, N, 3, H, W), points: list of (P, 5), lidar2image (B, N, 4, 4)
 ) -> BEVOutputs:
     "Everything up to the boxes' codes."
-    maps = self.bev_maps(batch)
+    features, maps = self.see_from_above(batch)
     head = self.head(self.bev_neck(self.bev_backbone(self.fuser(torch.cat(maps, 1)))))
-    return BEVOutputs(head, camera=self.camera_heatmap(maps[0]) if self.camera_heatmap and self.training else None)
+    read = lambda net, source: net(source()) if net and self.training else None
+    return BEVOutputs(head, images=read(self.image_heatmap, lambda: features.flatten(0, 1)), camera=read(self.camera_heatmap, lambda: maps[0]))
 
-# %% ../../nbs/lib/33_bevfusion.ipynb #b37d3e3d
+# %% ../../nbs/lib/33_bevfusion.ipynb #0e9e4286
 @patch
 def loss(
     self: BEVFusion,
@@ -227,6 +272,9 @@ def loss(
     p = self.params
     weights = HeadWeights(p.heatmap_weight, p.class_weight, p.box_weight, p.dense_weight, p.code_weights, p.min_radius)
     terms = head_loss(self.head, outputs.head, batch["targets"], weights)
+    if outputs.images is not None:
+        wanted, hills = image_targets(batch, outputs.images.shape[1:])
+        terms["images"] = p.image_weight * gaussian_focal_loss(outputs.images.float(), wanted, mean_count(hills, wanted))
     return terms | (dict(camera=p.camera_weight * map_loss(outputs.camera, self.head, batch["targets"], p.min_radius)) if outputs.camera is not None else {})
 
 # %% ../../nbs/lib/33_bevfusion.ipynb #ac115b66

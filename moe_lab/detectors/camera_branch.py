@@ -60,14 +60,14 @@ def make_backbone(
     channels, depths = stage_channels(name, width), list(depths or BACKBONES[name][2])
     return dict(swin=_swin, resnet=_resnet, convnext=_convnext, pvt=_pvt)[name](channels, depths, options)
 
-# %% ../../nbs/lib/31_camera_branch.ipynb #bf638d78
+# %% ../../nbs/lib/31_camera_branch.ipynb #dd0a650b
 def load_pretrained(
     net: nn.Module, # of `make_backbone`
     source: str, # folder or hub name of a transformers checkpoint
 ) -> None:
     "Weights of a checkpoint of the same network. Errors: nothing there; another size."
     try: found = type(net).from_pretrained(source, out_indices=net.config.out_indices).state_dict()
-    except OSError as e: raise UserError(f"pretrained {source!r}: no transformers checkpoint of a {type(net).__name__} there ({str(e).splitlines()[0]})")
+    except OSError as e: raise UserError(f"pretrained {source!r}: no transformers checkpoint of a {type(net).__name__} there ({str(e).splitlines()[0]})") from None
     wrong = [key for key, value in net.state_dict().items() if key not in found or found[key].shape != value.shape]
     if wrong: raise UserError(f"pretrained {source!r}: {wrong[0]} is missing or has another size; give width and depths of the checkpoint")
     net.load_state_dict({key: found[key] for key in net.state_dict()})

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Range', 'PAPER', 'TINY', 'SensorParams', 'QueryParams', 'CMTParams', 'ImageBranch', 'LidarBranch', 'Memory',
-           'Queries', 'Outputs', 'CMT', 'Adapted', 'sample_content']
+           'Queries', 'Outputs', 'CMT', 'Adapted', 'cells_with_views', 'sample_content', 'coarser']
 
-# %% ../../nbs/lib/35_cmt.ipynb #c658c3bb
+# %% ../../nbs/lib/35_cmt.ipynb #13849a18
 from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from .box_code import BoxCode
 from .camera_branch import CameraBackbone
 from .cmt_dense import DenseHeads, DenseOutput, dense_answers, dense_bill, peak_references
 from .cmt_denoising import Denoising, cover_sensors, denoising_mask, foreground_share, make_denoising
-from .cmt_encoding import CoordinateEncoding, Projection, cell_centres, cell_pixels, encode_queries
+from .cmt_encoding import CoordinateEncoding, Projection, cell_centres, cell_pixels, encode_queries, from_unit, project
 from .cmt_head import Decoder, TaskHeads, assemble, reorder
 from .cmt_loss import Weights, assign, bill, denoising_bill, match_cost
 from .lidar_branch import SECOND, SECONDFPN, PillarEncoder, SparseEncoder
@@ -47,7 +47,7 @@ class SensorParams(Strict):
     bev_neck: int = Field(256, ge=4, description="channels that each stage of SECOND gives to the map")
     norm_momentum: float | None = Field(None, gt=0, le=1, description="how fast batch statistics follow; null = as published (0.1 and, in the LiDAR branch, 0.01)")
 
-# %% ../../nbs/lib/35_cmt.ipynb #638cc149
+# %% ../../nbs/lib/35_cmt.ipynb #2ff94458
 class QueryParams(SensorParams):
     "What looks at the tokens."
     channels: int = Field(256, ge=8, multiple_of=4, description="of tokens and queries")
@@ -58,8 +58,10 @@ class QueryParams(SensorParams):
     dropout: float = Field(0.1, ge=0, lt=1, description="in the decoder's attention")
     queries: int = Field(900, ge=1, description="guesses per scene")
     dense_queries: int = Field(0, ge=0, description="how many of them start at peaks of a heatmap instead of learnt places; ours, 0 = none")
+    dense_height: float | None = Field(None, description="height in metres at which BEV cells look into the images, for the dense heads; null = these see the BEV map only")
     dense_start: bool = Field(False, description="queries correct the class and box that the dense heads see at their place; ours, needs dense_weight and metres")
     content: bool = Field(False, description="queries start with the features under their reference point instead of zeros; ours")
+    token_stride: int = Field(1, ge=1, description="the decoder looks at means over so many BEV cells to a side; ours, 1 = at every cell")
     ray_points: int = Field(64, ge=2, description="depths at which an image cell's ray is sampled")
     ray_hidden: int | None = Field(None, ge=8, description="hidden channels of the ray network; null = four times channels")
     max_frequency: float | None = Field(None, gt=1, description="fastest sine of a BEV code relative to the slowest; null = the reference's band of one octave")
@@ -101,14 +103,14 @@ class CMTParams(QueryParams):
         if self.dense_queries and not self.dense_weight: raise ValueError("dense_queries need a dense_weight above 0, or their heatmap never learns")
         return self
 
-# %% ../../nbs/lib/35_cmt.ipynb #ac2c548c
+# %% ../../nbs/lib/35_cmt.ipynb #9b875709
 PAPER = dict(
     vov_1600x640=dict(),
     r50_800x320=dict(camera="resnet", cell=.8),
 )
 TINY = dict(camera="vovnet_tiny", frozen_norm=False, lidar="pillars", cell=1.2, lidar_channels=(32,), bev_channels=(32, 64), bev_layers=(2, 2), bev_neck=32,
             channels=64, layers=2, heads=4, ffn=128, head_hidden=32, dropout=0.,
-            queries=100, ray_points=16, max_frequency=32., metres=2., norm_momentum=.1, backbone_lr_scale=1., neck_lr_scale=1., backbone_decay_scale=1.)
+            queries=100, ray_points=16, max_frequency=32., token_stride=2, metres=2., norm_momentum=.1, backbone_lr_scale=1., neck_lr_scale=1., backbone_decay_scale=1.)
 
 # %% ../../nbs/lib/35_cmt.ipynb #2de05912
 class ImageBranch(nn.Module):
@@ -188,18 +190,20 @@ class Outputs(NamedTuple):
     dense: DenseOutput | None # in training, or if queries come from peaks
     notes: Any = None # what `adapt` has to say
 
-# %% ../../nbs/lib/35_cmt.ipynb #105ef0f5
+# %% ../../nbs/lib/35_cmt.ipynb #a30b2be2
 def _settle(model):
     "What the parameters change in fresh modules: speed of batch statistics, and heads that at first correct nothing."
     p = model.params
+    nn.init.uniform_(model.reference.weight)
     for module in model.modules():
         if p.norm_momentum and isinstance(module, nn.modules.batchnorm._BatchNorm): module.momentum = p.norm_momentum
     for weight in (*model.heads.leave.values(), *model.heads.bias.values()) if p.dense_start else (): nn.init.zeros_(weight)
 
-# %% ../../nbs/lib/35_cmt.ipynb #f432fc1c
+# %% ../../nbs/lib/35_cmt.ipynb #a6ba1c97
 class CMT(nn.Module):
     "Cross Modal Transformer. Parameters: `CMTParams`. Source: CMT (Yan 2023), spec/5."
     Params = CMTParams
+    adapts = False # whether `adapt` changes the memory
     dynamic = True # what pillars and voxels cost depends on the points
     parts = dict(cameras=("images",), lidar=("points",), shared=("shared",), encoding=("encoding", "reference"), decoder=("decoder",), heads=("heads",))
 
@@ -211,11 +215,11 @@ class CMT(nn.Module):
         super().__init__()
         p, self.num_classes = self.Params(**params), num_classes
         self.params, self.images, self.points = p, ImageBranch(p, p.channels), LidarBranch(p)
-        self.grid: BEVGrid = self.points.grid
+        self.grid = self.points.grid
+        if any(side % p.token_stride for side in self.grid.shape): raise UserError(f"model.token_stride: {p.token_stride} does not divide the BEV map's sides, {self.grid.shape[0]} x {self.grid.shape[1]} cells")
         self.shared = nn.Sequential(nn.Conv2d(self.points.channels, p.channels, 3, padding=1, bias=False), nn.BatchNorm2d(p.channels), nn.ReLU(inplace=True))
         self.encoding = CoordinateEncoding(p.channels, p.point_range, p.ray_points, p.ray_hidden, p.max_frequency)
         self.reference = nn.Embedding(p.queries - p.dense_queries, 3)
-        nn.init.uniform_(self.reference.weight)
         self.decoder = Decoder(p.layers, p.channels, p.heads, p.ffn, p.dropout)
         self.heads = TaskHeads(p.layers, p.channels, num_classes, p.head_hidden)
         self.dense = DenseHeads(p.channels, num_classes) if p.dense_weight or p.dense_view_weight else None
@@ -225,9 +229,10 @@ class CMT(nn.Module):
     def forward(self, batch: dict[str, Any]) -> Outputs: # batch: see CONTRIBUTING, "Batch in 3D"
         if self.training: batch = cover_sensors(batch, self.params.cover_cameras, self.params.cover_lidar)
         memory = self.memory(batch)
-        queries = self.queries(memory, batch, dense := self.look_around(memory))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapts): dense = self.look_around(memory)
+        queries = self.queries(memory, batch, dense)
         adapted, bias, notes = self.adapt(memory, queries)
-        return self.decode(adapted, queries, bias, dense if adapted is memory else None)._replace(notes=notes)
+        return self.decode(adapted, queries, bias, None if self.adapts else dense)._replace(notes=notes)
 
 # %% ../../nbs/lib/35_cmt.ipynb #f53dbd3b
 @patch
@@ -281,14 +286,30 @@ def adapt(
     "What happens between encoding and decoding: nothing."
     return Adapted(memory)
 
-# %% ../../nbs/lib/35_cmt.ipynb #8012c957
+# %% ../../nbs/lib/35_cmt.ipynb #585d503c
+def cells_with_views(
+    memory: Memory,
+    point_range: tuple[float, ...], # x0, y0, z0, x1, y1, z1 in metres
+    height: float # metres
+) -> Tensor: # (B, C, H, W)
+    "BEV features plus the mean over the views that see a cell, at one height."
+    shape, size = tuple(memory.bev.shape[2:]), memory.bev.new_tensor(memory.image_size[::-1])
+    place = F.pad(cell_centres(shape, memory.bev.device), (0, 1), value=(height - point_range[2]) / (point_range[5] - point_range[2]))
+    found = project(from_unit(place, point_range).expand(len(memory.bev), -1, -1), memory.lidar2image, memory.image_size)
+    seen = found.seen[..., None]
+    where = (found.pixels / size).where(seen, torch.zeros_like(found.pixels))
+    views = F.grid_sample(memory.views.flatten(0, 1), where.flatten(0, 1)[:, :, None] * 2 - 1, align_corners=False)[..., 0].mT.unflatten(0, seen.shape[:2])
+    mean = (views * seen).sum(1) / seen.sum(1).clamp(min=1)
+    return memory.bev + mean.mT.unflatten(-1, shape)
+
 @patch
 def look_around(self: CMT, memory: Memory) -> DenseOutput | None: # None: nobody wants to know
     "What the tokens say about their own places."
-    wanted = self.training or self.params.dense_queries or self.params.dense_start
-    return self.dense(memory.bev, memory.views) if self.dense is not None and wanted else None
+    p = self.params
+    if self.dense is None or not (self.training or p.dense_queries or p.dense_start): return None
+    return self.dense(memory.bev if p.dense_height is None else cells_with_views(memory, p.point_range, p.dense_height), memory.views)
 
-# %% ../../nbs/lib/35_cmt.ipynb #a920033a
+# %% ../../nbs/lib/35_cmt.ipynb #ec464768
 def sample_content(
     memory: Memory,
     queries: Queries
@@ -301,6 +322,18 @@ def sample_content(
     views = take(memory.views.flatten(0, 1), place.where(seen, torch.zeros_like(place))) * seen
     return take(memory.bev, queries.reference[..., :2]) + views.unflatten(0, memory.views.shape[:2]).sum(1)
 
+def coarser(
+    memory: Memory,
+    stride: int, # divides the sides of the BEV map
+    bias: Tensor | None = None # (..., T) for the tokens of this memory
+) -> tuple[Memory, Tensor | None]: # with stride² times fewer BEV tokens
+    "Means over squares of BEV cells, and of what a bias says about them."
+    if stride == 1: return memory, bias
+    shape, small = memory.bev.shape[2:], memory._replace(bev=F.avg_pool2d(memory.bev, stride))
+    if bias is None: return small, None
+    bev, views = bias.split([shape.numel(), bias.shape[-1] - shape.numel()], -1)
+    return small, torch.cat([F.avg_pool2d(bev.reshape(-1, *shape), stride).reshape(*bev.shape[:-1], -1), views], -1)
+
 @patch
 def token_positions(self: CMT, memory: Memory) -> Tensor: # (1 or B, T, C)
     "Position codes of all tokens, in the order of `Memory.tokens`."
@@ -310,7 +343,7 @@ def token_positions(self: CMT, memory: Memory) -> Tensor: # (1 or B, T, C)
     rays = self.encoding.rays(pixels.expand(*size, -1, -1), memory.lidar2image)
     return torch.cat([places.expand(size[0], -1, -1), rays.flatten(1, 2)], 1)
 
-# %% ../../nbs/lib/35_cmt.ipynb #c1819a31
+# %% ../../nbs/lib/35_cmt.ipynb #2f39ba1a
 @patch
 def decode(
     self: CMT,
@@ -321,12 +354,11 @@ def decode(
 ) -> Outputs:
     "Answers of all queries after each layer."
     p, dense = self.params, dense or self.look_around(memory)
-    if bias is not None:
-        bias = F.pad(bias, (0, 0, 0, queries.reference.shape[1] - queries.count))
-        bias = bias if bias.ndim == 4 else bias[:, None]
+    tokens, bias = coarser(memory, p.token_stride, bias if bias is None or bias.ndim == 4 else bias[:, None])
+    if bias is not None: bias = F.pad(bias, (0, 0, 0, queries.reference.shape[1] - queries.count))
     content = sample_content(memory, queries) if p.content else torch.zeros_like(queries.position)
     mask = denoising_mask(queries.count, queries.noisy)
-    said = self.heads(self.decoder(content, queries.position, memory.tokens(), self.token_positions(memory), mask, bias))
+    said = self.heads(self.decoder(content, queries.position, tokens.tokens(), self.token_positions(tokens), mask, bias))
     logits, start = dense_answers(dense, queries.reference, self.grid.cell) if p.dense_start else (0.0, None)
     codes = assemble(said, queries.reference, p.point_range, p.metres, start)
     return Outputs(said["classes"].float() + logits, codes, queries, memory, dense)

@@ -120,7 +120,7 @@ def position_embedding(
     "A small network from coordinates in cells to features. Source: TransFusion (Bai 2022)."
     return nn.Sequential(nn.Conv1d(2, dim, 1), nn.BatchNorm1d(dim), nn.ReLU(), nn.Conv1d(dim, dim, 1))
 
-# %% ../../nbs/lib/32_transfusion.ipynb #0312ad8f
+# %% ../../nbs/lib/32_transfusion.ipynb #333cc183
 class DecoderLayer(nn.Module):
     "Self-attention, cross-attention, feed-forward, each followed by a layer norm."
 
@@ -139,19 +139,21 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        query: Tensor, # (B, Q, dim)
-        query_xy: Tensor, # (B, Q, 2) cells
-        memory: Tensor, # (B, N, dim) the map
-        memory_xy: Tensor # (1, N, 2) cells
-    ) -> Tensor: # (B, Q, dim)
-        "Source: TransFusion (Bai 2022)."
-        at, here = (embed(xy.mT).mT for embed, xy in ((self.query_position, query_xy), (self.key_position, memory_xy)))
-        own, keys = query + at, memory + here
-        query = self.norms[0](query + self.dropout(self.self_attention(own, own, own, need_weights=False)[0]))
-        query = self.norms[1](query + self.dropout(self.cross_attention(query + at, keys, keys, need_weights=False)[0]))
-        return self.norms[2](query + self.dropout(self.ffn(query)))
+# %% ../../nbs/lib/32_transfusion.ipynb #a0f02692
+@patch
+def forward(
+    self: DecoderLayer,
+    query: Tensor, # (B, Q, dim)
+    query_xy: Tensor, # (B, Q, 2) cells
+    memory: Tensor, # (B, N, dim) the map
+    memory_xy: Tensor # (1, N, 2) cells
+) -> Tensor: # (B, Q, dim)
+    "Queries after one layer. Source: TransFusion (Bai 2022)."
+    at, here = (embed(xy.mT).mT for embed, xy in ((self.query_position, query_xy), (self.key_position, memory_xy)))
+    own, keys = query + at, memory + here
+    query = self.norms[0](query + self.dropout(self.self_attention(own, own, own, need_weights=False)[0]))
+    query = self.norms[1](query + self.dropout(self.cross_attention(query + at, keys, keys, need_weights=False)[0]))
+    return self.norms[2](query + self.dropout(self.ffn(query)))
 
 # %% ../../nbs/lib/32_transfusion.ipynb #e1a79a88
 CODE_PARTS = dict(centre=2, height=1, size=3, direction=2, velocity=2) # in the order of `Code`
@@ -187,7 +189,7 @@ class HeadOutput(NamedTuple):
     logits: Tensor # (L, B, Q, C)
     dense: Tensor | None # (B, 10, H, W) codes relative to the cell's centre
 
-# %% ../../nbs/lib/32_transfusion.ipynb #1ebfd9cc
+# %% ../../nbs/lib/32_transfusion.ipynb #c8293bd8
 def map_reader(
     dim: int,
     out: int
@@ -195,6 +197,7 @@ def map_reader(
     "Two convolutions that read something off each cell."
     return nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(), nn.Conv2d(dim, out, 3, padding=1))
 
+# %% ../../nbs/lib/32_transfusion.ipynb #e3e04c03
 class TransFusionHead(nn.Module):
     "Heatmap, queries, decoder, boxes. Source: TransFusion (Bai 2022), as in BEVFusion (Liu 2023)."
 
