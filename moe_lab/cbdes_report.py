@@ -8,11 +8,10 @@ __all__ = ['SEVERITIES', 'OVERALL', 'FAILURES', 'severity', 'Change', 'change', 
            'first_choices', 'plot_work', 'plot_expert_course', 'preferred', 'choices_by', 'knows', 'Test', 'tested',
            'recommendation_verdict', 'recommendation_rows', 'readings', 'missing_rows', 'price_rows', 'telling_samples']
 
-# %% ../nbs/lib/55_cbdes_report.ipynb #df0a4c34
+# %% ../nbs/lib/55_cbdes_report.ipynb #14d32425
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,9 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .report import INK, PALETTE, Paired, Run, Spread, ap, compare, group, percent, spread
+from .report import INK, PALETTE, Paired, Run, Spread, compare, group, percent, spread
 from .routing_report import Information, band_for, by_condition, experts_in, information
-from .sparsity_report import load_published
 
 # %% ../nbs/lib/55_cbdes_report.ipynb #42112f0a
 SEVERITIES = ((0.0, "improved"), (0.10, "slight"), (0.30, "moderate"), (math.inf, "severe"))

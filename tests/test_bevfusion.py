@@ -109,7 +109,6 @@ def test_equal_bits():
 
 def test_a_map_has_one_orientation():
     "A post is found at its own place whether cameras or LiDAR report it: rows are y, columns are x."
-    batch = toy_batch(1)
     for modality in ("lidar", "both"):
         model = make(modality=modality).eval()
         post = torch.tensor([[12.0, -6.0, z, 0.5, 0.0] for z in torch.linspace(-1, 1, 8)])

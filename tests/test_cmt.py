@@ -15,7 +15,7 @@ from moe_lab.detectors.cmt_encoding import encode_queries
 
 SPACE = (-24.0, -24.0, -5.0, 24.0, 24.0, 3.0)
 SMALL = TINY | dict(point_range=SPACE, cell=2.4, queries=12, token_stride=1)
-HELPED = SMALL | dict(token_stride=2, dense_weight=1.0, dense_view_weight=0.5, dense_queries=5, dense_start=True, content=True)
+HELPED = SMALL | dict(token_stride=2, dense_weight=1.0, dense_view_weight=0.5, dense_queries=5, dense_start=True, dense_height=-1.0, content=True)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ import hashlib, torch
 from moe_lab.data.scene import toy_batch
 from moe_lab.detectors.cmt import CMT, TINY
 torch.set_num_threads(2); torch.use_deterministic_algorithms(True); torch.manual_seed(0)
-model = CMT(10, **TINY | dict(point_range=(-24., -24., -5., 24., 24., 3.), cell=2.4, queries=12, dense_weight=1., dense_view_weight=.5, dense_queries=5, dense_start=True, content=True))
+model = CMT(10, **TINY | dict(point_range=(-24., -24., -5., 24., 24., 3.), cell=2.4, queries=12, dense_weight=1., dense_view_weight=.5, dense_queries=5, dense_start=True, dense_height=-1.0, content=True))
 optimizer, batch = torch.optim.AdamW(model.parameters(), lr=1e-3), toy_batch(2)
 for _ in range(3):
     sum(model.loss(model(batch), batch).values()).backward()
@@ -119,7 +119,7 @@ def test_equal_bits_from_run_to_run():
 @pytest.mark.parametrize("sensor", ["cameras", "lidar", "CAM_FRONT"])
 def test_a_sensor_may_be_missing(sensor):
     torch.manual_seed(0)
-    model, batch = CMT(10, **HELPED | dict(dense_start=False)).eval(), toy_batch(2)
+    model, batch = CMT(10, **HELPED | dict(dense_start=False, dense_height=None)).eval(), toy_batch(2)
     with torch.no_grad():
         whole, less = (model.detect(model(b), b, SimpleNamespace(conf=0.0, max_detections=20)) for b in (batch, without(batch, sensor)))
     assert [len(d) for d in less] == [20, 20]
@@ -130,7 +130,7 @@ def test_checkpoint_comes_back(tmp_path):
     torch.manual_seed(0)
     model, batch = CMT(10, **HELPED).eval(), toy_batch(1)
     save(tmp_path / "checkpoint.safetensors", model.state_dict(), {})
-    twin = CMT(10, **SMALL | dict(token_stride=2, dense_queries=5, dense_weight=1.0, dense_view_weight=0.5, dense_start=True, content=True)).eval()
+    twin = CMT(10, **SMALL | dict(token_stride=2, dense_queries=5, dense_weight=1.0, dense_view_weight=0.5, dense_start=True, dense_height=-1.0, content=True)).eval()
     twin.load_pretrained(load(tmp_path / "checkpoint.safetensors")[0])
     with torch.no_grad():
         assert torch.equal(model(batch).codes, twin(batch).codes)

@@ -9,7 +9,7 @@ __all__ = ['REGISTRY', 'detector_class', 'params_class', 'build']
 import importlib
 from ..params import Strict, UserError, nearest, validated
 
-# %% ../../nbs/lib/39_detectors.ipynb #e1b8d1cb
+# %% ../../nbs/lib/39_detectors.ipynb #1e51315e
 REGISTRY = {
     "yolov7_tiny": "moe_lab.detectors.yolov7:YOLOv7Tiny",
     "moe_yolo": "moe_lab.detectors.moe_yolo:MoEYOLO",
@@ -19,6 +19,7 @@ REGISTRY = {
     "bevfusion": "moe_lab.detectors.bevfusion:BEVFusion",
     "cbdes": "moe_lab.detectors.cbdes:CBDES",
     "cmt": "moe_lab.detectors.cmt:CMT",
+    "aqr_cmt": "moe_lab.detectors.aqr_cmt:AQRCMT",
 }
 
 def detector_class(

@@ -66,12 +66,11 @@ def sensor_maps(
     return (SensorMaps(memory.bev.flatten(2).mT[:, None], bev, on_bev, torch.ones_like(on_bev[..., 0], dtype=torch.bool)),
             SensorMaps(memory.views.flatten(3).mT, views, in_views, seen))
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #1095068c
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #8a157fc2
 class AQRCMT(CMT):
     "CMT whose queries weigh the sensors. Parameters: `AQRCMTParams`. Source: 002, 003, spec/5."
     Params = AQRCMTParams
     adapts = True
-    parts = CMT.parts | dict(aqr=("aqr",))
 
     def __init__(
         self,
@@ -91,6 +90,9 @@ class AQRCMT(CMT):
             self.aqr["modulator"] = FeatureModulator(p.residual_weight, p.modulate_lidar, p.modulate_camera)
             if p.class_specific: self.aqr["residual"] = GaussianRenderer("blend", "none", p.sigma, background=0.7)
         self.seen = {}
+
+    @property
+    def parts(self): return CMT.parts.fget(self) | dict(aqr=tuple(f"aqr.{name}" for name in self.aqr))
 
 # %% ../../nbs/lib/36_aqr_cmt.ipynb #5f13235c
 @patch
@@ -136,7 +138,7 @@ def observe(self: AQRCMT) -> dict[str, float]:
     seen, self.seen = self.seen, {}
     return seen
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #2411573c
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #a2f4d35d
 @patch
 def loss(
     self: AQRCMT,
@@ -145,10 +147,10 @@ def loss(
 ) -> dict[str, Tensor]: # CMT's terms; guess
     "Loss terms of a batch."
     terms, guess = super(AQRCMT, self).loss(outputs, batch), outputs.notes["guess"]
-    return terms if guess is None else terms | dict(guess=self.guess_loss(guess, outputs, batch))
+    return terms if guess is None else terms | dict(guess=self.guess_bill(guess, outputs, batch))
 
 @patch
-def guess_loss(self: AQRCMT, guess, outputs: Outputs, batch) -> Tensor: # scalar
+def guess_bill(self: AQRCMT, guess, outputs: Outputs, batch) -> Tensor: # scalar
     "How far class and size were off."
     p, n = self.params, outputs.queries.count
     truth = join_truth(self.reachable(batch["targets"]), self.coder, (p.point_range[4] - p.point_range[1], p.point_range[3] - p.point_range[0]))

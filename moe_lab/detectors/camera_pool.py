@@ -6,10 +6,10 @@
 __all__ = ['PROJECTIONS', 'STRIDES', 'FUSIONS', 'Balance', 'make_projection', 'align', 'CameraExpert', 'weighted_sum', 'Gate',
            'CameraPool', 'first_share', 'work_share', 'BalanceLoss', 'balance_of', 'favourite_share']
 
-# %% ../../nbs/lib/32_camera_pool.ipynb #631c30a7
+# %% ../../nbs/lib/32_camera_pool.ipynb #135896d8
 import contextlib
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch

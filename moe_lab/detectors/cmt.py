@@ -199,13 +199,12 @@ def _settle(model):
         if p.norm_momentum and isinstance(module, nn.modules.batchnorm._BatchNorm): module.momentum = p.norm_momentum
     for weight in (*model.heads.leave.values(), *model.heads.bias.values()) if p.dense_start else (): nn.init.zeros_(weight)
 
-# %% ../../nbs/lib/35_cmt.ipynb #a6ba1c97
+# %% ../../nbs/lib/35_cmt.ipynb #a1a9ab65
 class CMT(nn.Module):
     "Cross Modal Transformer. Parameters: `CMTParams`. Source: CMT (Yan 2023), spec/5."
     Params = CMTParams
     adapts = False # whether `adapt` changes the memory
     dynamic = True # what pillars and voxels cost depends on the points
-    parts = dict(cameras=("images",), lidar=("points",), shared=("shared",), encoding=("encoding", "reference"), decoder=("decoder",), heads=("heads",))
 
     def __init__(
         self,
@@ -233,6 +232,13 @@ class CMT(nn.Module):
         queries = self.queries(memory, batch, dense)
         adapted, bias, notes = self.adapt(memory, queries)
         return self.decode(adapted, queries, bias, None if self.adapts else dense)._replace(notes=notes)
+
+# %% ../../nbs/lib/35_cmt.ipynb #60ed594b
+@patch(as_prop=True)
+def parts(self: CMT) -> dict[str, tuple[str, ...]]: # part -> names of modules
+    "What a ledger has lines for."
+    own = dict(cameras=("images",), lidar=("points",), shared=("shared",), encoding=("encoding.bev_embedding", "encoding.ray_embedding", "reference"), decoder=("decoder",), heads=("heads",))
+    return own | (dict(dense=("dense.bev", "dense.views")) if self.dense is not None else {})
 
 # %% ../../nbs/lib/35_cmt.ipynb #f53dbd3b
 @patch

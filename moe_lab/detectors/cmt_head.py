@@ -6,11 +6,11 @@
 __all__ = ['PARTS', 'COLUMNS', 'ORDERS', 'Attention', 'DecoderLayer', 'Decoder', 'TaskHeads', 'inverse_sigmoid', 'assemble',
            'reorder']
 
-# %% ../../nbs/lib/34_cmt_head.ipynb #039a3a49
+# %% ../../nbs/lib/34_cmt_head.ipynb #182b66b2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .box_code import CODE_SIZE, Code
+from .box_code import CODE_SIZE
 
 # %% ../../nbs/lib/34_cmt_head.ipynb #ddd6f449
 class Attention(nn.Module):

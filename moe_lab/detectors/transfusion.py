@@ -332,10 +332,10 @@ class HeadWeights(NamedTuple):
     codes: tuple[float, ...] = CODE_WEIGHTS
     min_radius: int = 2 # of the heatmap's Gaussians, in cells
 
-# %% ../../nbs/lib/32_transfusion.ipynb #9edf2189
+# %% ../../nbs/lib/32_transfusion.ipynb #d680d79b
 def query_loss(codes, logits, truth, coder, shape, count, weights, costs=MatchWeights()):
     "Class and box loss of the queries after one decoder layer."
-    match = image, query, object = assign(match_cost(codes, logits, truth, coder, shape, costs), truth.sizes)
+    image, query, object = assign(match_cost(codes, logits, truth, coder, shape, costs), truth.sizes)
     wanted = torch.zeros_like(logits)
     wanted[image, query, truth.labels[image, object]] = 1.0
     distance = code_distance(codes[image, query], truth.codes[image, object], weights.codes)
