@@ -3,8 +3,11 @@
 import pytest
 import torch
 from types import SimpleNamespace
+from conftest import ROOT
+from moe_lab import detectors
 from moe_lab.data.scene import toy_batch, without
 from moe_lab.detectors.bevfusion import BEVFusion, image_hills
+from moe_lab.params import load
 
 TINY = dict(point_range=(-24, -24, -5, 24, 24, 3), cell=1.5, fused=16, bev_channels=(16, 24), bev_layers=(1, 1), bev_out=16, queries=20, hidden=32, heads=4, ffn=64, dropout=0.0, head_width=16, dense_weight=0.25,
             camera=dict(backbone="resnet", width=8, depths=[1, 1, 1, 1], options={}, neck=16, depths_range=(1, 30, 2), depth_hidden=16, depth_input="histogram", pool=1, channels=16),
@@ -48,6 +51,15 @@ def test_published_sizes():
     assert model.grid.shape == (180, 180) and model.view.pool_grid.shape == (360, 360) and len(model.view.depths) == 118
     assert model.view.channels == 80 and model.lidar.channels == 256 and model.bev_neck.channels == 512
     assert size(model) == 39_803_214   # all parts as the reference sizes them
+
+
+def test_the_profile_paper_is_the_published_configuration():
+    "What `params.yaml` says for real data, laid over the small run, is the model of the paper."
+    runs = load(ROOT / "params.yaml", "paper", only=["bevfusion", "cbdes_fixed"]).runs
+    with torch.device("meta"):
+        assert size(detectors.build("bevfusion", 10, **runs["bevfusion"].model)) == 39_803_214
+        pool = detectors.build("cbdes", 10, **runs["cbdes_fixed"].model)
+    assert (pool.params.pool.channels, len(pool.params.pool.experts)) == (256, 4)
 
 
 def test_every_parameter_has_a_part():
