@@ -1,4 +1,5 @@
 """A throw-away checkout in which the pipeline runs with the `smoke` profile."""
+import hashlib
 import os
 import resource
 import shutil
@@ -6,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy
+from moe_lab.data.synthetic import make_samples
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +21,26 @@ def cpu_seconds() -> float:
     "What finished subprocesses have used of a processor, so that a busy machine does not count."
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def digests_of(root: Path) -> dict:
+    "Digest of every file below a folder."
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def regenerated_otherwise(world: str, folder: Path) -> list[str]:
+    "Files of a committed sample world that the generator makes otherwise, or not at all, or too many."
+    make_samples(folder, worlds=(world,), progress=False)
+    made, committed = digests_of(folder / world), digests_of(ROOT / "samples" / world)
+    return [name for name in made.keys() | committed.keys() if made.get(name) != committed.get(name)]
+
+
+def printed_twice(script: str) -> list[str]:
+    "What a script prints on this processor, and on one that has none of the instructions that numpy chooses by processor."
+    found = [f for f, on in np.core._multiarray_umath.__cpu_features__.items() if on]
+    dispatched = [f for f in np.core._multiarray_umath.__cpu_dispatch__ if f in found]
+    without = {"NPY_DISABLE_CPU_FEATURES": " ".join(dispatched)}
+    return [subprocess.run([sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout for env in ({}, without)]
 
 
 class Checkout:

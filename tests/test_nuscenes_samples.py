@@ -1,16 +1,13 @@
 """The committed nuScenes samples: what the generator makes, byte for byte; what the devkit reads, counts and judges."""
 import contextlib
-import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import printed_twice, regenerated_otherwise
 from nuscenes.eval.common.loaders import get_samples_of_custom_split, load_gt_of_sample_tokens
 from nuscenes.eval.detection.config import config_factory
 from nuscenes.eval.detection.data_classes import DetectionBox
@@ -21,7 +18,6 @@ from nuscenes.utils.geometry_utils import points_in_box, transform_matrix, view_
 from PIL import Image
 from pyquaternion import Quaternion
 
-from moe_lab.data.synthetic import make_samples
 from moe_lab.data.synthetic_nuscenes import CAMERAS, FRAMES, NEAR, PREFIX, SPLITS, VERSION
 
 ROOT = Path(__file__).parent.parent / "samples" / "nuscenes"
@@ -43,11 +39,6 @@ for i, condition in enumerate(('day', 'night', 'rain', 'fog')):
     for row in rows: digest.update((out / row['filename']).read_bytes())
 print(digest.hexdigest())
 """
-
-
-def files(root: Path) -> dict:
-    "Digest of every file below a folder."
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +78,13 @@ def lidar_of(nusc: NuScenes, sample: dict) -> tuple[np.ndarray, list]:
 
 
 def test_regenerated_byte_for_byte(tmp_path):
-    make_samples(tmp_path, worlds=("nuscenes",), progress=False)
-    made, committed = files(tmp_path / "nuscenes"), files(ROOT)
-    assert made.keys() == committed.keys()
-    assert [name for name in made if made[name] != committed[name]] == []
+    assert regenerated_otherwise("nuscenes", tmp_path) == []
 
 
 def test_same_bytes_without_vector_instructions():
     "numpy picks its loops by processor; the oldest x86-64 must give what this one gives."
-    found = [f for f, on in np.core._multiarray_umath.__cpu_features__.items() if on]
-    dispatched = [f for f in np.core._multiarray_umath.__cpu_dispatch__ if f in found]
-    run = lambda **env: subprocess.run([sys.executable, "-c", DIGEST], env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout
-    assert run() == run(NPY_DISABLE_CPU_FEATURES=" ".join(dispatched))
+    here, oldest = printed_twice(DIGEST)
+    assert here == oldest
 
 
 def test_devkit_loads_thirteen_tables(nusc):

@@ -1,14 +1,10 @@
 """The committed samples are what the generator makes, byte for byte, whatever the processor."""
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from moe_lab.data.synthetic import CATEGORIES, SPLITS, make_samples
+from conftest import digests_of, printed_twice, regenerated_otherwise
+from moe_lab.data.synthetic import CATEGORIES, SPLITS
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 COCO = SAMPLES / "coco"
@@ -26,28 +22,18 @@ print(digest.hexdigest())
 """
 
 
-def files(root: Path) -> dict:
-    "Digest of every file below a folder."
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
-
-
 def table(split: str) -> dict:
     return json.loads((COCO / "annotations" / f"instances_{split}.json").read_text())
 
 
 def test_regenerated_byte_for_byte(tmp_path):
-    make_samples(tmp_path, worlds=("coco",), progress=False)
-    made, committed = files(tmp_path / "coco"), files(COCO)
-    assert made.keys() == committed.keys()
-    assert [name for name in made if made[name] != committed[name]] == []
+    assert regenerated_otherwise("coco", tmp_path) == []
 
 
 def test_same_bytes_without_vector_instructions():
     "numpy picks its loops by processor; the oldest x86-64 must give what this one gives."
-    found = [f for f, on in np.core._multiarray_umath.__cpu_features__.items() if on]
-    dispatched = [f for f in np.core._multiarray_umath.__cpu_dispatch__ if f in found]
-    run = lambda **env: subprocess.run([sys.executable, "-c", DIGEST], env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout
-    assert run() == run(NPY_DISABLE_CPU_FEATURES=" ".join(dispatched))
+    here, oldest = printed_twice(DIGEST)
+    assert here == oldest
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -73,7 +59,7 @@ def test_balance():
 
 
 def test_splits_share_no_picture():
-    digests = [set(files(COCO / s).values()) for s in SPLITS]
+    digests = [set(digests_of(COCO / s).values()) for s in SPLITS]
     assert not digests[0] & digests[1] and not digests[0] & digests[2] and not digests[1] & digests[2]
 
 
