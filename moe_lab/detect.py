@@ -88,7 +88,7 @@ class Saved(Strict):
     categories: list[Category] = Field(min_length=1, description="classes, by class index")
     image_size: tuple[Side, Side] = Field(strict=False, description="network input (height, width) in pixels")
 
-# %% ../nbs/lib/66_detect.ipynb #504fadc6
+# %% ../nbs/lib/66_detect.ipynb #3261c12e
 def load_detector(
     path: Path,  # a checkpoint
     wbf_iou: float | None = None,  # replaces the parameter of that name
@@ -107,6 +107,8 @@ def load_detector(
     validated(detectors.params_class(saved.detector), chosen, str(path), ("model",))
     with torch.device("meta"):
         shapes = detectors.build(saved.detector, num_classes=len(saved.categories), **chosen)
+    if hasattr(shapes, "grid"):
+        raise UserError(f"{path}: {saved.detector} looks at scenes of several cameras and a LiDAR, not at single images; its run's train.ipynb shows what it found")
     misfit = {k: tuple(v.shape) for k, v in shapes.state_dict().items()} != {k: tuple(v.shape) for k, v in tensors.items()}
     model = shapes if misfit else detectors.build(saved.detector, num_classes=len(saved.categories), **chosen)
     checkpoint.load_weights(model, tensors, path)
