@@ -125,7 +125,7 @@ def toctree(
     "A hidden table of contents: it orders the navigation."
     return "\n".join(["```{toctree}", ":hidden:", ":titlesonly:", "", *entries, "```"])
 
-# %% ../nbs/lib/62_site.ipynb #6c12a50c
+# %% ../nbs/lib/62_site.ipynb #fd22d1ea
 def runs_table(
     runs: Iterable[Run],  # finished ones
     cards: Iterable[Card],  # of the runs that have a page
@@ -135,7 +135,8 @@ def runs_table(
     failed = {card.title: " (failed since)" if card.failed else "" for card in cards}
     name = lambda run: f"[{run}]({folder}{run}.ipynb){failed[run]}" if run in failed else run
     rows = [{**summary(run), "run": name(run.name)} for run in runs]
-    return table(rows) if rows else "*No run has finished yet: `dvc repro` makes them.*"
+    alike = [[row for row in rows if row.keys() == columns] for columns in dict.fromkeys(map(frozenset, rows))]
+    return "\n\n".join(map(table, alike)) or "*No run has finished yet: `dvc repro` makes them.*"
 
 # %% ../nbs/lib/62_site.ipynb #b0a749eb
 def section_page(
