@@ -18,10 +18,12 @@ from torch import Tensor
 # %% ../nbs/lib/06_boxes3d.ipynb #c85a1ccf
 FIELDS = ("x", "y", "z", "length", "width", "height", "yaw", "vx", "vy")
 
-# %% ../nbs/lib/06_boxes3d.ipynb #ab74a6d4
+# %% ../nbs/lib/06_boxes3d.ipynb #48f7e2a6
 def _tensor(value):
     "An array as a tensor on the same memory (or a copy, where torch needs one)."
-    return torch.from_numpy(np.require(value, requirements="CW")) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray): return value
+    value = np.require(value, requirements="CW")
+    return torch.from_numpy(value.copy() if min(value.strides, default=0) < 0 else value)   # a single row, reversed, counts as contiguous
 
 
 def _array(value):
