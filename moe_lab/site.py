@@ -298,14 +298,14 @@ def write_looks(
     for name, text in (("moe_lab.css", STYLES), ("moe_lab.js", SCRIPT), ("logo.svg", LOGO)):
         (static / name).write_text(text.lstrip(), encoding="utf-8")
 
-# %% ../nbs/lib/62_site.ipynb #3b58d58c
+# %% ../nbs/lib/62_site.ipynb #ac0c472a
 THEME = {
     "logo": {"image_light": "_static/logo.svg", "image_dark": "_static/logo.svg"}, "navbar_align": "left", "icon_links": [],
     "footer_start": [], "footer_end": [], "secondary_sidebar_items": ["page-toc"], "show_toc_level": 2, "show_nav_level": 2,
     "navigation_with_keys": True, "search_bar_text": "Search all notebooks", "search_as_you_type": True,
     "pygments_light_style": "a11y-light", "pygments_dark_style": "github-dark"}
 NOTEBOOKS = {
-    "nb_execution_mode": "off", "nb_ipywidgets_js": {}, "nb_merge_streams": True, "nb_render_markdown_format": "gfm",
+    "nb_execution_mode": "off", "nb_ipywidgets_js": {}, "nb_merge_streams": True, "nb_render_markdown_format": "myst",
     "nb_code_prompt_show": "code", "nb_code_prompt_hide": "code", "myst_enable_extensions": ["colon_fence"], "myst_heading_anchors": 4}
 PAGES = {
     "html_theme": "pydata_sphinx_theme", "html_static_path": ["_static"], "html_css_files": ["moe_lab.css"], "html_js_files": ["moe_lab.js"],
