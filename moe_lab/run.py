@@ -9,8 +9,8 @@ __all__ = ['UNSTABLE', 'KEPT', 'notebook_parameters', 'check_parameters', 'norma
 # %% ../nbs/lib/60_run.ipynb #9fa48c9d
 import sys
 
-# %% ../nbs/lib/60_run.ipynb #73a3b9d5
-sys.modules.setdefault("rfc3987_syntax", None)
+# %% ../nbs/lib/60_run.ipynb #8fc98d2e
+if "rfc3987_syntax" not in sys.modules: sys.modules["rfc3987_syntax"] = None
 
 # %% ../nbs/lib/60_run.ipynb #76f15b75
 import ast
