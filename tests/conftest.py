@@ -1,4 +1,4 @@
-"""A throw-away checkout in which the pipeline runs with the `smoke` profile."""
+"""What tests share: one thread, determinism, digests of samples, and a throw-away checkout in which the pipeline runs with the `smoke` profile."""
 import hashlib
 import os
 import resource
@@ -9,12 +9,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import toy
 from moe_lab.data.synthetic import make_samples
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def one_thread():
+    "Small tensors: a second thread would mostly wait."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def deterministic():
+    "As the training loop has it."
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def cpu_seconds() -> float:

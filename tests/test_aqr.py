@@ -16,14 +16,8 @@ COMBINE, POSTPROCESS = ("sum", "blend"), ("global_max", "per_view_max", "clamp",
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+def seeded(one_thread, deterministic):
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def queries_on(shape, maps=2, queries=6, batch=2):

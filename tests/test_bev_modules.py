@@ -19,15 +19,8 @@ RANGE = (-54, -54, -5, 54, 54, 3)
 
 
 @pytest.fixture(autouse=True)
-def deterministic():
-    "As the training loop has it."
+def seeded(one_thread, deterministic):
     torch.manual_seed(0)
-    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(before)
-    torch.set_num_threads(threads)
 
 
 def for_all(*strategies):

@@ -33,12 +33,7 @@ def learn(model, batch, steps, lr=4e-3):
 def size(*modules): return sum(p.numel() for m in modules for p in m.parameters())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_published_sizes():

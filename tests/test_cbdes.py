@@ -31,15 +31,7 @@ MENDED = dict(channels=8, router_shrink=2)
 ORIGINAL = MENDED | dict(top_k=None, projection="plain", balance="cumulative", balance_weight=1.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors: a second thread would mostly wait; and nothing may depend on luck."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "deterministic")
 
 
 def small(**pool):

@@ -18,12 +18,7 @@ SMALL = TINY | dict(point_range=SPACE, cell=2.4, queries=12, token_stride=1)
 HELPED = SMALL | dict(token_stride=2, dense_weight=1.0, dense_view_weight=0.5, dense_queries=5, dense_start=True, dense_height=-1.0, content=True)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rerun(model, memory, queries, reference, bias=None):

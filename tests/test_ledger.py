@@ -10,12 +10,7 @@ from moe_lab.ledger import active_parameters, time_ledger, time_ledgers, work_le
 TINY = dict(backbone="r10", backbone_width=0.25, d_model=32, heads=4, encoder_ffn=64, decoder_ffn=64, decoder_layers=2, queries=20, points=2, denoising=20)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
