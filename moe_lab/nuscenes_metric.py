@@ -148,7 +148,7 @@ def norms(
     "Length of every row, equal in every bit to `np.linalg.norm` of that row alone."
     return np.sqrt(squared_norms(vectors))
 
-# %% ../nbs/lib/41_nuscenes_metric.ipynb #886580e2
+# %% ../nbs/lib/41_nuscenes_metric.ipynb #07017b28
 LEFT = ((0, -1, -2, -3), (1, 0, -3, 2), (2, 3, 0, -1), (3, -2, 1, 0))  # which component, and its sign, in q ⊗ ·
 RIGHT = ((0, -1, -2, -3), (1, 0, 3, -2), (2, -3, 0, 1), (3, 2, -1, 0))  # and in · ⊗ q
 
@@ -174,8 +174,8 @@ def headings(
     quaternions: np.ndarray,  # (n, 4)
 ) -> np.ndarray:  # (n,) rad
     "Angle of the box's x-axis about the vertical."
-    matrices = rotations(quaternions)
-    return np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0])
+    x, y = np.ascontiguousarray(rotations(quaternions)[:, :2, 0].T)  # with strides, NumPy takes one of two arctangents, by where in memory they lie
+    return np.arctan2(y, x)
 
 # %% ../nbs/lib/41_nuscenes_metric.ipynb #e77398ae
 def turned(

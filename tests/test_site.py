@@ -106,9 +106,9 @@ def test_search_finds_words_of_the_notebooks(visit, scheme):
     tab.wait_for_selector("dialog ul.search a")
     assert any("augment" in (link.get_attribute("href") or "") for link in tab.query_selector_all("dialog ul.search a"))
     tab.keyboard.press("Enter")
-    tab.wait_for_selector("#search-results ul.search a")
-    tab.click("#search-results ul.search a >> nth=0")
-    tab.wait_for_load_state()
+    tab.wait_for_selector("#search-results >> text=Search finished")  # until then the list moves, and a click may miss
+    with tab.expect_navigation():
+        tab.click("#search-results ul.search a >> nth=0")
     assert "mosaic" in tab.inner_text("article").lower()
 
 
