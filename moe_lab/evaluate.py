@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['AREAS', 'SUMMARY', 'Result', 'quiet', 'load_ground_truth', 'match', 'summary_number', 'only_images', 'evaluate_coco',
-           'coco_results', 'predict']
+           'coco_results', 'readings', 'predict']
 
-# %% ../nbs/lib/41_evaluate.ipynb #be404ba6
+# %% ../nbs/lib/41_evaluate.ipynb #bb713355
 import contextlib
 import copy
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,6 +179,15 @@ def coco_results(
     labels = detections.labels.tolist()
     order = np.argsort(-scores, kind="stable").tolist()
     return [dict(image_id=image_id, category_id=category_ids[labels[k]], bbox=boxes[k], score=float(scores[k])) for k in order]
+
+# %% ../nbs/lib/41_evaluate.ipynb #0341499a
+def readings(
+    model: torch.nn.Module,  # any detector
+) -> Iterator[str]:  # names; while one is in use, the model is read that way
+    "Every other way to read a model; none for most."
+    for name, change in getattr(model, "alternatives", {}).items():
+        with model.reading(**change):
+            yield name
 
 # %% ../nbs/lib/41_evaluate.ipynb #af03887d
 @torch.inference_mode()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frames', 'panels', 'BoxJudge']
 
-# %% ../nbs/lib/56_judge_boxes.ipynb #f034a563
+# %% ../nbs/lib/56_judge_boxes.ipynb #40ceb4b0
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from .data.reader import DetectionDataset
 from .diagnose import flop_ledger
-from .evaluate import Result, evaluate_coco, load_ground_truth, predict
+from .evaluate import Result, evaluate_coco, load_ground_truth, predict, readings
 from .params import EvalParams
 
 # %% ../nbs/lib/56_judge_boxes.ipynb #cfdfc38a
@@ -80,7 +80,7 @@ class BoxJudge:
         conditions = dict(zip(self.dataset.image_ids, self.dataset.conditions)) if detail else None
         return evaluate_coco(self.truth, found, conditions, detail=detail)
 
-# %% ../nbs/lib/56_judge_boxes.ipynb #9512c457
+# %% ../nbs/lib/56_judge_boxes.ipynb #f6781ed6
 @patch
 def alternatives(
     self: BoxJudge,
@@ -89,11 +89,7 @@ def alternatives(
     evaluate: EvalParams,
 ) -> dict[str, dict[str, float]]:  # way -> metrics
     "The numbers of every other way to read the same weights."
-    scores = {}
-    for name, change in getattr(model, "alternatives", {}).items():
-        with model.reading(**change):
-            scores[name] = self.score(self.predict(model, loader, evaluate), detail=False).rounded()
-    return scores
+    return {name: self.score(self.predict(model, loader, evaluate), detail=False).rounded() for name in readings(model)}
 
 # %% ../nbs/lib/56_judge_boxes.ipynb #b627efea
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAILURES', 'SceneJudge']
 
-# %% ../nbs/lib/56_judge_scenes.ipynb #0746f918
+# %% ../nbs/lib/56_judge_scenes.ipynb #028a3db4
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,11 @@ from .bev_gallery import draw_results, draw_samples
 from .data.core import to_device
 from .data.nuscenes import NuScenesDetection
 from .diagnose import batch_ledger
-from .evaluate import Result
+from .evaluate import Result, readings
 from .evaluate_nuscenes import evaluate_nuscenes, judge, predict_3d, truth_of
 from .params import EvalParams
 
-# %% ../nbs/lib/56_judge_scenes.ipynb #18337b26
+# %% ../nbs/lib/56_judge_scenes.ipynb #bc884623
 class SceneJudge:
     "Judges detections on one split of nuScenes: quickly while training, by nuscenes-devkit in the end."
 
@@ -52,20 +52,22 @@ class SceneJudge:
             samples[row["sample_token"]].append(row)
         return samples
 
-    def score(
-        self,
-        found: list[dict],  # of `predict`
-        detail: bool = True,  # the devkit's own verdict, and numbers by condition
-    ) -> Result:
-        "The official numbers."
-        samples, conditions = self.by_sample(found), dict(zip(self.dataset.image_ids, self.dataset.conditions))
-        quick = evaluate_nuscenes(self.truth, samples, conditions, detail)
-        if not detail:
-            return quick
-        official = judge(self.dataset.root, self.dataset.version, self.dataset.split, samples)
-        return Result(quick.metrics | official.metrics, quick.curves, official.counts)
+# %% ../nbs/lib/56_judge_scenes.ipynb #027c02c1
+@patch
+def score(
+    self: SceneJudge,
+    found: list[dict],  # of `predict`
+    detail: bool = True,  # the devkit's own verdict, and numbers by condition
+) -> Result:
+    "The official numbers."
+    samples, conditions = self.by_sample(found), dict(zip(self.dataset.image_ids, self.dataset.conditions))
+    quick = evaluate_nuscenes(self.truth, samples, conditions, detail)
+    if not detail:
+        return quick
+    official = judge(self.dataset.root, self.dataset.version, self.dataset.split, samples)
+    return Result(quick.metrics | official.metrics, quick.curves, official.counts)
 
-# %% ../nbs/lib/56_judge_scenes.ipynb #6ee78dde
+# %% ../nbs/lib/56_judge_scenes.ipynb #ae9272bb
 FAILURES = ("camera", "CAM_FRONT", "lidar", "lidar/4")
 
 
@@ -78,11 +80,7 @@ def alternatives(
 ) -> dict[str, dict[str, float]]:  # 'without <sensor>', or the model's own names -> metrics
     "The numbers of the same weights with failing sensors, and of every other way to read them."
     judged = lambda **how: self.score(self.predict(model, loader, evaluate, **how), detail=False).rounded()
-    scores = {f"without {sensor}": judged(without=sensor) for sensor in FAILURES}
-    for name, change in getattr(model, "alternatives", {}).items():
-        with model.reading(**change):
-            scores[name] = judged()
-    return scores
+    return {f"without {sensor}": judged(without=sensor) for sensor in FAILURES} | {name: judged() for name in readings(model)}
 
 # %% ../nbs/lib/56_judge_scenes.ipynb #a2461fba
 @patch

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['JUDGES', 'judge_class']
 
-# %% ../nbs/lib/57_judges.ipynb #edd34c95
-import importlib
+# %% ../nbs/lib/57_judges.ipynb #dddcf211
+from .params import registered
 
-from .params import UserError, nearest
-
-# %% ../nbs/lib/57_judges.ipynb #87875b35
+# %% ../nbs/lib/57_judges.ipynb #b860636e
 JUDGES = {
     "coco": "moe_lab.judge_boxes:BoxJudge",
     "dair_v2x": "moe_lab.judge_boxes:BoxJudge",
@@ -22,7 +20,4 @@ def judge_class(
     dataset: str,  # a key of JUDGES
 ) -> type:  # made from one split's dataset; see `judge_boxes.BoxJudge`
     "Import the judge of a dataset; `UserError` if there is none."
-    if dataset not in JUDGES:
-        raise UserError(f"dataset: nobody judges {dataset!r}{nearest(dataset, JUDGES)}")
-    module, _, name = JUDGES[dataset].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return registered(JUDGES, dataset, "dataset")

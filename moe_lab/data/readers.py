@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['READERS', 'reader_class', 'open_split']
 
-# %% ../../nbs/lib/24_data_readers.ipynb #f9e9b88e
-import importlib
+# %% ../../nbs/lib/24_data_readers.ipynb #3c9bcf37
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from ..params import RunParams, UserError, nearest
+from ..params import RunParams, registered
 
-# %% ../../nbs/lib/24_data_readers.ipynb #be22bc61
+# %% ../../nbs/lib/24_data_readers.ipynb #6bc672ac
 READERS = {
     "coco": "moe_lab.data.coco:CocoDetection",
     "dair_v2x": "moe_lab.data.dair_v2x:DairV2X",
@@ -25,10 +24,7 @@ def reader_class(
     name: str,  # a key of READERS
 ) -> type:  # a `data.reader.DetectionDataset`
     "Import the class behind a name; `UserError` if there is none."
-    if name not in READERS:
-        raise UserError(f"dataset: unknown dataset {name!r}{nearest(name, READERS)}")
-    module, _, attribute = READERS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return registered(READERS, name, "dataset")
 
 # %% ../../nbs/lib/24_data_readers.ipynb #d712543c
 def open_split(

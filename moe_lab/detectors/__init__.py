@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['REGISTRY', 'detector_class', 'params_class', 'build']
 
-# %% ../../nbs/lib/39_detectors.ipynb #b9f6378b
-import importlib
-from ..params import Strict, UserError, nearest, validated
+# %% ../../nbs/lib/39_detectors.ipynb #01dff5db
+from ..params import Strict, registered, validated
 
-# %% ../../nbs/lib/39_detectors.ipynb #1e51315e
+# %% ../../nbs/lib/39_detectors.ipynb #621c582d
 REGISTRY = {
     "yolov7_tiny": "moe_lab.detectors.yolov7:YOLOv7Tiny",
     "moe_yolo": "moe_lab.detectors.moe_yolo:MoEYOLO",
@@ -26,9 +25,7 @@ def detector_class(
     name: str # a key of REGISTRY
 ) -> type: # an nn.Module with forward, loss and detect
     "Import the class behind a name; UserError if there is none."
-    if name not in REGISTRY: raise UserError(f"detector: unknown detector {name!r}{nearest(name, REGISTRY)}")
-    module, _, attribute = REGISTRY[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return registered(REGISTRY, name, "detector")
 
 # %% ../../nbs/lib/39_detectors.ipynb #3c00b5a2
 def params_class(
