@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOVES', 'DOING', 'MEANS', 'NOWHERE', 'attribute_of', 'sample_results', 'nuscenes_results', 'thin', 'degrade',
-           'predict_3d', 'truth_of', 'named', 'by_condition', 'evaluate_nuscenes', 'quiet', 'judge', 'disturbed']
+           'predict_3d', 'truth_of', 'named', 'by_condition', 'evaluate_nuscenes', 'judge', 'disturbed']
 
-# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #0b928152
+# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #bf8f3d57
 import contextlib
 import io
 import json
@@ -28,7 +28,7 @@ from .boxes3d import to_global
 from .data.core import to_device
 from .data.nuscenes import find_split, find_version, open_devkit
 from .data.scene import CAMERAS, without as without_sensor
-from .evaluate import Result
+from .evaluate import Result, quiet
 from .nuscenes_metric import DISTANCES, ERRORS, NAMES, TP_DISTANCE, Matches, Scores, Truth, match, results_table, summarise
 from .params import EvalParams, UserError
 
@@ -180,7 +180,7 @@ def evaluate_nuscenes(
     curves = {name: scores.curves[name, TP_DISTANCE].precision.round(6).tolist() for name in seen}
     return Result(_of(scores) | by_condition(matches, truth.tokens, conditions or {}), curves, counts)
 
-# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #ebf2ddcb
+# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #fb6fda82
 def _window(tables, scenes: list[str], results: Mapping[str, list[dict]], place: Path) -> SimpleNamespace:
     "What the devkit's evaluation uses of its tables, with one split named 'judged'."
     (place / tables.version).mkdir()
@@ -191,14 +191,7 @@ def _window(tables, scenes: list[str], results: Mapping[str, list[dict]], place:
         raise UserError(f"results: sample {lost[0]!r} is not in this split ({len(lost)} such samples); are they of another split?")
     return SimpleNamespace(sample=shown, attribute=tables.attribute, get=tables.get, box_velocity=tables.box_velocity, dataroot=str(place), version=tables.version)
 
-
-@contextlib.contextmanager
-def quiet():
-    "The devkit prints, and draws progress bars; this swallows both."
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #68163bac
+# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #2a50c778
 NOWHERE = dict(translation=[1e7, 1e7, 0.0], size=[1.0, 1, 1], rotation=[1.0, 0, 0, 0], velocity=[0.0, 0], detection_name="car",
                detection_score=0.0, attribute_name="")
 
@@ -213,6 +206,16 @@ def _result_file(results: Mapping[str, list[dict]], path: Path) -> Path:
     return path
 
 
+def _devkit(folder: Path, split: str, results: Mapping[str, list[dict]], place: Path):
+    "The devkit's evaluation of one split, which writes to `place`."
+    from nuscenes.eval.common.config import config_factory
+    from nuscenes.eval.detection.evaluate import DetectionEval
+
+    window = _window(open_devkit(folder), find_split(folder, split)[1], results, place)
+    path = _result_file(results, place / "results.json")
+    return DetectionEval(window, config_factory("detection_cvpr_2019"), str(path), "judged", str(place), verbose=False)
+
+# %% ../nbs/lib/42_evaluate_nuscenes.ipynb #c67513ca
 def judge(
     dataroot: str | Path,  # the dataset's folder
     version: str | None,  # 'v1.0-mini', 'v1.0-trainval'; None = the one that is there
@@ -220,15 +223,11 @@ def judge(
     results: Mapping[str, list[dict]],  # by sample token, as in a result file
 ) -> Result:
     "What nuscenes-devkit says about the samples in `results`. `UserError` if one is not of the split."
-    from nuscenes.eval.common.config import config_factory
-    from nuscenes.eval.detection.evaluate import DetectionEval
-
     folder = find_version(Path(dataroot, version) if version else dataroot)
-    with tempfile.TemporaryDirectory() as place, quiet():
-        window = _window(open_devkit(folder), find_split(folder, split)[1], results, Path(place))
-        path, config = _result_file(results, Path(place) / "results.json"), config_factory("detection_cvpr_2019")
-        devkit = DetectionEval(window, config, str(path), "judged", place, verbose=False)
-        metrics, true = devkit.evaluate()[0], [box.detection_name for box in devkit.gt_boxes.all]
+    with tempfile.TemporaryDirectory() as place, quiet(), contextlib.redirect_stderr(io.StringIO()):
+        devkit = _devkit(folder, split, results, Path(place))
+        metrics = devkit.evaluate()[0]
+    true = [box.detection_name for box in devkit.gt_boxes.all]
     ap = np.array([[metrics.get_label_ap(n, d) for d in DISTANCES] for n in NAMES])
     values = named(metrics.mean_ap, metrics.nd_score, metrics.tp_errors, ap, [true.count(n) for n in NAMES])
     return Result(values, counts=dict(images=len(devkit.sample_tokens), objects=len(true), detections=sum(map(len, results.values()))))

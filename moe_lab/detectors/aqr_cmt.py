@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'AQRCMTParams', 'sensor_maps', 'AQRCMT']
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #ccc521ab
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #835b314a
 from typing import Any, Literal
 import torch
 from fastcore.basics import patch
@@ -16,8 +16,7 @@ from ..aqr_modulate import AttentionBias, FeatureModulator, ObjectGuess, class_r
 from ..aqr_render import Combine, GaussianRenderer, Postprocess
 from ..aqr_weights import MLPWeightGenerator, SensorMaps, WeightGenerator
 from .cmt import CMT, Adapted, CMTParams, Memory, Outputs, Queries
-from .cmt_loss import assign, match_cost
-from .transfusion import join_truth
+from .cmt_loss import match_queries
 from ..params import UserError
 
 # %% ../../nbs/lib/36_aqr_cmt.ipynb #64eaa43c
@@ -138,7 +137,7 @@ def observe(self: AQRCMT) -> dict[str, float]:
     seen, self.seen = self.seen, {}
     return seen
 
-# %% ../../nbs/lib/36_aqr_cmt.ipynb #a2f4d35d
+# %% ../../nbs/lib/36_aqr_cmt.ipynb #097bd135
 @patch
 def loss(
     self: AQRCMT,
@@ -152,9 +151,8 @@ def loss(
 @patch
 def guess_bill(self: AQRCMT, guess, outputs: Outputs, batch) -> Tensor: # scalar
     "How far class and size were off."
-    p, n = self.params, outputs.queries.count
-    truth = join_truth(self.reachable(batch["targets"]), self.coder, (p.point_range[4] - p.point_range[1], p.point_range[3] - p.point_range[0]))
-    match = assign(match_cost(outputs.logits[-1:, :, :n], outputs.codes[-1:, :, :n], truth, self.weights), truth.sizes)
+    n, truth = outputs.queries.count, self.truth(batch)
+    match = match_queries(outputs.logits[-1:, :, :n], outputs.codes[-1:, :, :n], truth, self.weights)
     labels, sizes = torch.full(guess[1].shape, -1, device=guess[1].device), torch.ones_like(guess[1])
     where, object = (match.scene, match.query), (match.scene, match.object)
     labels[where], sizes[where] = truth.labels[object], truth.boxes[object][:, 3:5].amax(1)

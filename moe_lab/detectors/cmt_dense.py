@@ -6,14 +6,15 @@
 __all__ = ['Sights', 'find_sights', 'sight_heatmap', 'DenseOutput', 'DenseHeads', 'dense_bill', 'peak_cells', 'peak_references',
            'dense_answers']
 
-# %% ../../nbs/lib/34_cmt_dense.ipynb #e53c78e6
+# %% ../../nbs/lib/34_cmt_dense.ipynb #9f5169cf
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..boxes3d import corners
 from .box_code import CODE_SIZE, code_distance
-from .transfusion import Truth, gaussian_focal_loss, heatmap_targets
+from .set_loss import Truth
+from .transfusion import FEW, gaussian_focal_loss, heatmap_targets
 
 # %% ../../nbs/lib/34_cmt_dense.ipynb #6897e7c7
 class Sights(NamedTuple):
@@ -60,7 +61,7 @@ def sight_heatmap(
     index = (sights.view * classes + sights.labels)[:, None].expand_as(hills)
     return out.scatter_reduce_(0, index, hills, "amax").view(shape)
 
-# %% ../../nbs/lib/34_cmt_dense.ipynb #48213ce3
+# %% ../../nbs/lib/34_cmt_dense.ipynb #bf105d85
 class DenseOutput(NamedTuple):
     "What tokens say about their own places."
     heat: Tensor # (B, classes, H, W) logits
@@ -77,7 +78,7 @@ class DenseHeads(nn.Module):
         super().__init__()
         block = lambda n: nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, n, 1))
         self.num_classes, self.bev, self.views = num_classes, block(num_classes + CODE_SIZE), block(num_classes + 1)
-        for net in (self.bev, self.views): nn.init.constant_(net[-1].bias[:num_classes], -2.19)
+        for net in (self.bev, self.views): nn.init.constant_(net[-1].bias[:num_classes], FEW)
 
     def forward(
         self,
