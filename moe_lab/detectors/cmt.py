@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'TINY', 'SensorParams', 'QueryParams', 'CMTParams', 'ImageBranch', 'LidarBranch', 'Memory', 'Queries',
-           'Outputs', 'CMT', 'Adapted', 'cells_with_views', 'sample_content', 'coarser']
+           'Outputs', 'CMT', 'Adapted', 'corners_of', 'mean_over_views', 'cells_with_views', 'sample_content',
+           'coarser']
 
-# %% ../../nbs/lib/35_cmt.ipynb #f2c01658
+# %% ../../nbs/lib/35_cmt.ipynb #07eb63f1
 from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from .cmt_denoising import Denoising, cover_sensors, denoising_mask, foreground_
 from .cmt_encoding import CoordinateEncoding, Projection, cell_centres, cell_pixels, encode_queries, from_unit, project
 from .cmt_head import Decoder, TaskHeads, assemble, reorder
 from .cmt_loss import Weights, bill, denoising_bill, match_queries
-from .layers import set_momentum
+from .layers import conv_norm, set_momentum
 from .lidar_branch import SECOND, SECONDFPN, PillarEncoder, SparseEncoder
 from .set_loss import Truth, join_truth, mean_count
 from .vovnet import CPFPN, VOVNETS, VoVNet
@@ -46,13 +47,14 @@ class SensorParams(Strict):
     bev_neck: int = Field(256, ge=4, description="channels that each stage of SECOND gives to the map")
     norm_momentum: float | None = Field(None, gt=0, le=1, description="how fast batch statistics follow; null = as published (0.1 and, in the LiDAR branch, 0.01)")
 
-# %% ../../nbs/lib/35_cmt.ipynb #2ff94458
+# %% ../../nbs/lib/35_cmt.ipynb #acd1db69
 class QueryParams(SensorParams):
     "What looks at the tokens."
     channels: int = Field(256, ge=8, multiple_of=4, description="of tokens and queries")
     layers: int = Field(6, ge=1, description="of the decoder")
     heads: int = Field(8, ge=1, description="attention heads; divides channels")
     ffn: int = Field(1024, ge=8, description="hidden channels of the feed-forward networks")
+    residual_scale: float = Field(1.0, gt=0, description="factor on the first weights of what decoder layers add; below 1, they begin close to passing on what they get; ours")
     head_hidden: int = Field(64, ge=4, description="hidden channels of each task head")
     dropout: float = Field(0.1, ge=0, lt=1, description="in the decoder's attention")
     queries: int = Field(900, ge=1, description="guesses per scene")
@@ -60,6 +62,8 @@ class QueryParams(SensorParams):
     dense_height: float | None = Field(None, description="height in metres at which BEV cells look into the images, for the dense heads; null = these see the BEV map only")
     dense_start: bool = Field(False, description="queries correct the class and box that the dense heads see at their place; ours, needs dense_weight and metres")
     content: bool = Field(False, description="queries start with the features under their reference point instead of zeros; ours")
+    kinds: bool = Field(False, description="and with an embedding of the classes that the dense heads see at their place, as in TransFusion; ours, needs dense_start")
+    centred: bool = Field(False, description="heads see how a query differs from the mean over its scene's queries; ours")
     token_stride: int = Field(1, ge=1, description="the decoder looks at means over so many BEV cells to a side; ours, 1 = at every cell")
     ray_points: int = Field(64, ge=2, description="depths at which an image cell's ray is sampled")
     ray_hidden: int | None = Field(None, ge=8, description="hidden channels of the ray network; null = four times channels")
@@ -74,7 +78,7 @@ class QueryParams(SensorParams):
         if self.dense_queries > self.queries: raise ValueError(f"dense_queries {self.dense_queries}: more than queries, {self.queries}")
         return self
 
-# %% ../../nbs/lib/35_cmt.ipynb #05059f13
+# %% ../../nbs/lib/35_cmt.ipynb #401882d8
 class CMTParams(QueryParams):
     "What one may say about a CMT. The defaults are published (voxel 0.075, VoVNet-99, 640x1600)."
     cover_cameras: float = Field(0.25, ge=0, le=1, description="share of training scenes without cameras")
@@ -99,6 +103,7 @@ class CMTParams(QueryParams):
     @model_validator(mode="after")
     def _teaches(self):
         if self.dense_start and not (self.dense_weight and self.metres and self.code_order == "named"): raise ValueError("dense_start needs a dense_weight above 0, metres, and code_order named")
+        if self.kinds and not self.dense_start: raise ValueError("kinds needs dense_start, which says what is at a query's place")
         if self.dense_queries and not self.dense_weight: raise ValueError("dense_queries need a dense_weight above 0, or their heatmap never learns")
         return self
 
@@ -111,7 +116,7 @@ TINY = dict(camera="vovnet_tiny", frozen_norm=False, lidar="pillars", cell=1.2, 
             channels=64, layers=2, heads=4, ffn=128, head_hidden=32, dropout=0.,
             queries=100, ray_points=16, max_frequency=32., token_stride=2, metres=2., norm_momentum=.1, backbone_lr_scale=1., neck_lr_scale=1., backbone_decay_scale=1.)
 
-# %% ../../nbs/lib/35_cmt.ipynb #2de05912
+# %% ../../nbs/lib/35_cmt.ipynb #028b2e0a
 class ImageBranch(nn.Module):
     "Images to one map per camera at stride 16."
     def __init__(
@@ -133,15 +138,17 @@ class ImageBranch(nn.Module):
         maps = self.see(flat[run]) * lit[run, None, None, None]
         return maps.new_zeros(len(flat), *maps.shape[1:]).index_copy(0, run, maps).unflatten(0, images.shape[:2])
 
-    def see(self, images: Tensor) -> Tensor: # (M, 3, H, W) RGB 0..1 -> (M, C, H / 16, W / 16)
-        "The map of each image."
-        if not self.resnet: images = (images.flip(1) * 255 - self.mean) / self.std
-        return self.neck(self.backbone(images)[-2:])
-
     def train(self, mode: bool = True):
         super().train(mode)
         if self.frozen_norm: self.backbone.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else m)
         return self
+
+# %% ../../nbs/lib/35_cmt.ipynb #cd883e57
+@patch
+def see(self: ImageBranch, images: Tensor) -> Tensor: # (M, 3, H, W) RGB 0..1 -> (M, C, H / 16, W / 16)
+    "The map of each image."
+    if not self.resnet: images = (images.flip(1) * 255 - self.mean) / self.std
+    return self.neck(self.backbone(images)[-2:])
 
 # %% ../../nbs/lib/35_cmt.ipynb #958ace68
 class LidarBranch(nn.Module):
@@ -189,15 +196,18 @@ class Outputs(NamedTuple):
     dense: DenseOutput | None # in training, or if queries come from peaks
     notes: Any = None # what `adapt` has to say
 
-# %% ../../nbs/lib/35_cmt.ipynb #3b3e7991
+# %% ../../nbs/lib/35_cmt.ipynb #209d5ed9
 def _settle(model):
     "What the parameters change in fresh modules: speed of batch statistics, and heads that at first correct nothing."
     p = model.params
     nn.init.uniform_(model.reference.weight)
     set_momentum(model, p.norm_momentum)
+    for layer in model.decoder.layers:
+        for part in (layer.self_attention.out, layer.cross_attention.out, layer.ffn[2]): part.weight.data *= p.residual_scale
+    if model.kinds is not None: nn.init.normal_(model.kinds.weight, std=0.5)
     for weight in (*model.heads.leave.values(), *model.heads.bias.values()) if p.dense_start else (): nn.init.zeros_(weight)
 
-# %% ../../nbs/lib/35_cmt.ipynb #a1a9ab65
+# %% ../../nbs/lib/35_cmt.ipynb #a8f9386b
 class CMT(nn.Module):
     "Cross Modal Transformer. Parameters: `CMTParams`. Source: CMT (Yan 2023), spec/5."
     Params = CMTParams
@@ -214,29 +224,33 @@ class CMT(nn.Module):
         self.params, self.images, self.points = p, ImageBranch(p, p.channels), LidarBranch(p)
         self.grid = self.points.grid
         if any(side % p.token_stride for side in self.grid.shape): raise UserError(f"model.token_stride: {p.token_stride} does not divide the BEV map's sides, {self.grid.shape[0]} x {self.grid.shape[1]} cells")
-        self.shared = nn.Sequential(nn.Conv2d(self.points.channels, p.channels, 3, padding=1, bias=False), nn.BatchNorm2d(p.channels), nn.ReLU(inplace=True))
+        self.shared = conv_norm(self.points.channels, p.channels)
         self.encoding = CoordinateEncoding(p.channels, p.point_range, p.ray_points, p.ray_hidden, p.max_frequency)
         self.reference = nn.Embedding(p.queries - p.dense_queries, 3)
         self.decoder = Decoder(p.layers, p.channels, p.heads, p.ffn, p.dropout)
         self.heads = TaskHeads(p.layers, p.channels, num_classes, p.head_hidden)
         self.dense = DenseHeads(p.channels, num_classes) if p.dense_weight or p.dense_view_weight else None
+        self.kinds = nn.Linear(num_classes, p.channels, bias=False) if p.kinds else None
         self.coder, self.weights = BoxCode(p.point_range[:2], 1.0), Weights(p.class_cost, p.box_cost, p.focal_weight, p.box_weight, p.background_weight, p.code_weights)
         _settle(self)
 
-    def forward(self, batch: dict[str, Any]) -> Outputs: # batch: see CONTRIBUTING, "Batch in 3D"
-        if self.training: batch = cover_sensors(batch, self.params.cover_cameras, self.params.cover_lidar)
-        memory = self.memory(batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapts): dense = self.look_around(memory)
-        queries = self.queries(memory, batch, dense)
-        adapted, bias, notes = self.adapt(memory, queries)
-        return self.decode(adapted, queries, bias, None if self.adapts else dense)._replace(notes=notes)
+# %% ../../nbs/lib/35_cmt.ipynb #7a3bda8f
+@patch
+def forward(self: CMT, batch: dict[str, Any]) -> Outputs: # batch: see CONTRIBUTING, "Batch in 3D"
+    if self.training: batch = cover_sensors(batch, self.params.cover_cameras, self.params.cover_lidar)
+    memory = self.memory(batch)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapts): dense = self.look_around(memory)
+    queries = self.queries(memory, batch, dense)
+    adapted, bias, notes = self.adapt(memory, queries)
+    return self.decode(adapted, queries, bias, None if self.adapts else dense)._replace(notes=notes)
 
-# %% ../../nbs/lib/35_cmt.ipynb #60ed594b
+# %% ../../nbs/lib/35_cmt.ipynb #1b265052
 @patch(as_prop=True)
 def parts(self: CMT) -> dict[str, tuple[str, ...]]: # part -> names of modules
     "What a ledger has lines for."
     own = dict(cameras=("images",), lidar=("points",), shared=("shared",), encoding=("encoding.bev_embedding", "encoding.ray_embedding", "reference"), decoder=("decoder",), heads=("heads",))
-    return own | (dict(dense=("dense.bev", "dense.views")) if self.dense is not None else {})
+    helpers = dict(dense=("dense.bev", "dense.views")) if self.dense is not None else {}
+    return own | helpers | (dict(kinds=("kinds",)) if self.kinds is not None else {})
 
 # %% ../../nbs/lib/35_cmt.ipynb #f53dbd3b
 @patch
@@ -290,21 +304,45 @@ def adapt(
     "What happens between encoding and decoding: nothing."
     return Adapted(memory)
 
-# %% ../../nbs/lib/35_cmt.ipynb #585d503c
+# %% ../../nbs/lib/35_cmt.ipynb #dd688a36
+def corners_of(
+    place: Tensor, # (n, 2) x, y as fractions of a map
+    shape: tuple[int, int] # h, w
+) -> tuple[Tensor, Tensor]: # (n, 4) int64, row * w + column; (n, 4) weights, 0 outside the map
+    "The four cells around a place, and their shares in bilinear interpolation."
+    side = place.new_tensor([shape[1], shape[0]])
+    at = (place * side - 0.5)[:, None]
+    cell = at.floor() + place.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    share = (1 - (at - cell).abs()).prod(-1) * ((cell >= 0) & (cell < side)).all(-1)
+    column, row = cell.clamp(min=0).minimum(side - 1).long().unbind(-1)
+    return row * shape[1] + column, share
+
+def mean_over_views(
+    views: Tensor, # (B, N, C, h, w)
+    found: Projection, # of Q points of each scene
+    image_size: tuple[int, int] # height, width in pixels
+) -> Tensor: # (B, Q, C)
+    "Interpolated features at points, averaged over the views that see them; 0 where nobody sees."
+    shape, counts = tuple(views.shape[3:]), found.seen.sum(1)
+    scene, point, camera = found.seen.mT.nonzero(as_tuple=True)
+    index, share = corners_of(found.pixels[scene, camera, point] / found.pixels.new_tensor(image_size[::-1]), shape)
+    index = index + ((scene * views.shape[1] + camera) * shape[0] * shape[1])[:, None]
+    share = share / counts[scene, point][:, None]
+    first = 4 * (counts.flatten().cumsum(0) - counts.flatten())
+    table = views.permute(0, 1, 3, 4, 2).flatten(0, 3)
+    return F.embedding_bag(index.flatten(), table, first, mode="sum", per_sample_weights=share.flatten().to(table)).unflatten(0, counts.shape)
+
+# %% ../../nbs/lib/35_cmt.ipynb #130ae727
 def cells_with_views(
     memory: Memory,
     point_range: tuple[float, ...], # x0, y0, z0, x1, y1, z1 in metres
     height: float # metres
 ) -> Tensor: # (B, C, H, W)
     "BEV features plus the mean over the views that see a cell, at one height."
-    shape, size = tuple(memory.bev.shape[2:]), memory.bev.new_tensor(memory.image_size[::-1])
+    shape = tuple(memory.bev.shape[2:])
     place = F.pad(cell_centres(shape, memory.bev.device), (0, 1), value=(height - point_range[2]) / (point_range[5] - point_range[2]))
     found = project(from_unit(place, point_range).expand(len(memory.bev), -1, -1), memory.lidar2image, memory.image_size)
-    seen = found.seen[..., None]
-    where = (found.pixels / size).where(seen, torch.zeros_like(found.pixels))
-    views = F.grid_sample(memory.views.flatten(0, 1), where.flatten(0, 1)[:, :, None] * 2 - 1, align_corners=False)[..., 0].mT.unflatten(0, seen.shape[:2])
-    mean = (views * seen).sum(1) / seen.sum(1).clamp(min=1)
-    return memory.bev + mean.mT.unflatten(-1, shape)
+    return memory.bev + mean_over_views(memory.views, found, memory.image_size).mT.unflatten(-1, shape)
 
 @patch
 def look_around(self: CMT, memory: Memory) -> DenseOutput | None: # None: nobody wants to know
@@ -313,7 +351,7 @@ def look_around(self: CMT, memory: Memory) -> DenseOutput | None: # None: nobody
     if self.dense is None or not (self.training or p.dense_queries or p.dense_start): return None
     return self.dense(memory.bev if p.dense_height is None else cells_with_views(memory, p.point_range, p.dense_height), memory.views)
 
-# %% ../../nbs/lib/35_cmt.ipynb #ec464768
+# %% ../../nbs/lib/35_cmt.ipynb #f90c0893
 def sample_content(
     memory: Memory,
     queries: Queries
@@ -338,6 +376,7 @@ def coarser(
     bev, views = bias.split([shape.numel(), bias.shape[-1] - shape.numel()], -1)
     return small, torch.cat([F.avg_pool2d(bev.reshape(-1, *shape), stride).reshape(*bev.shape[:-1], -1), views], -1)
 
+# %% ../../nbs/lib/35_cmt.ipynb #57172ced
 @patch
 def token_positions(self: CMT, memory: Memory) -> Tensor: # (1 or B, T, C)
     "Position codes of all tokens, in the order of `Memory.tokens`."
@@ -347,7 +386,7 @@ def token_positions(self: CMT, memory: Memory) -> Tensor: # (1 or B, T, C)
     rays = self.encoding.rays(pixels.expand(*size, -1, -1), memory.lidar2image)
     return torch.cat([places.expand(size[0], -1, -1), rays.flatten(1, 2)], 1)
 
-# %% ../../nbs/lib/35_cmt.ipynb #2f39ba1a
+# %% ../../nbs/lib/35_cmt.ipynb #20a2809d
 @patch
 def decode(
     self: CMT,
@@ -360,10 +399,12 @@ def decode(
     p, dense = self.params, dense or self.look_around(memory)
     tokens, bias = coarser(memory, p.token_stride, bias if bias is None or bias.ndim == 4 else bias[:, None])
     if bias is not None: bias = F.pad(bias, (0, 0, 0, queries.reference.shape[1] - queries.count))
-    content = sample_content(memory, queries) if p.content else torch.zeros_like(queries.position)
-    mask = denoising_mask(queries.count, queries.noisy)
-    said = self.heads(self.decoder(content, queries.position, tokens.tokens(), self.token_positions(tokens), mask, bias))
     logits, start = dense_answers(dense, queries.reference, self.grid.cell) if p.dense_start else (0.0, None)
+    content = sample_content(memory, queries) if p.content else torch.zeros_like(queries.position)
+    if self.kinds is not None: content = content + self.kinds(logits.softmax(-1))
+    mask = denoising_mask(queries.count, queries.noisy)
+    after = self.decoder(content, queries.position, tokens.tokens(), self.token_positions(tokens), mask, bias)
+    said = self.heads(after - after[:, :, :queries.count].mean(2, keepdim=True) if p.centred else after)
     codes = assemble(said, queries.reference, p.point_range, p.metres, start)
     return Outputs(said["classes"].float() + logits, codes, queries, memory, dense)
 
