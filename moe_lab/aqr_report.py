@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'METRICS', 'OPPOSITE', 'SEVERITIES', 'MARKS', 'FAILURES', 'TERMS', 'outcome', 'severity', 'told',
-           'graded_row', 'published_steps', 'published_rows', 'nds', 'short', 'failing', 'plot_failing', 'plot_by_size',
-           'mean_change', 'Step', 'norm', 'probe', 'trust', 'iteration_ratios']
+           'graded_row', 'published_rows', 'nds', 'short', 'failing', 'plot_failing', 'plot_by_size', 'mean_change',
+           'Step', 'norm', 'probe', 'trust', 'iteration_ratios']
 
-# %% ../nbs/lib/56_aqr_report.ipynb #5cdeff6a
+# %% ../nbs/lib/56_aqr_report.ipynb #ed23031a
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cbdes_report import Change, change, readings
+from .cbdes_report import Change, change, published_changes, readings
 from .evaluate_nuscenes import degrade
 from .report import INK, PALETTE, Paired, Run, percent, plot_differences
 
@@ -69,19 +69,13 @@ def graded_row(
     return {"": name, labels[0]: cell(step.before), labels[1]: cell(step.after), "difference": f"{step.difference.mean:+.{digits}f}" if step.difference.differences else "–",
             "change (95 %)": told(step.relative), "in 002's word": severity(loss) + unsure}
 
-# %% ../nbs/lib/56_aqr_report.ipynb #15635b9a
-def published_steps(
-    frame: pd.DataFrame,  # of load_published: name, CMT, AQR
-) -> dict[str, Change]:  # name -> comparison, without a spread
-    "The rows of a published table as comparisons."
-    return {row.iloc[0]: change({0: float(row["CMT"])}, {0: float(row["AQR"])}) for _, row in frame.iterrows()}
-
+# %% ../nbs/lib/56_aqr_report.ipynb #f31722bb
 def published_rows(
     frame: pd.DataFrame,  # of load_published: name, CMT, AQR
     digits: int = 3,  # of the values
 ) -> list[dict[str, str]]:  # rows of a table
     "A published table in the same form."
-    return [graded_row(str(name).replace("_", " "), step, ("CMT, published", "AQR, published"), str(name) if name in ERRORS else "", digits) for name, step in published_steps(frame).items()]
+    return [graded_row(str(name).replace("_", " "), step, ("CMT, published", "AQR, published"), str(name) if name in ERRORS else "", digits) for name, step in published_changes(frame).items()]
 
 # %% ../nbs/lib/56_aqr_report.ipynb #d62e9cc1
 def nds(

@@ -118,12 +118,12 @@ def class_rows(
     rows = pair_rows(before, after, labels, {f"AP@0.5/class/{name}": name.replace("_", " ") for name in classes_of(before, split)}, split)
     return [{"class" if key == "metric" else key: cell for key, cell in row.items()} for row in rows]
 
-# %% ../nbs/lib/55_cbdes_report.ipynb #63126f5c
+# %% ../nbs/lib/55_cbdes_report.ipynb #ea24ac06
 def published_changes(
-    frame: pd.DataFrame,  # of load_published: name, BEVFusion, CBDES
+    frame: pd.DataFrame,  # of load_published: name, value before, value after
 ) -> dict[str, Change]:  # name -> comparison, without a spread
     "The rows of a published table as comparisons."
-    return {row.iloc[0]: change({0: float(row["BEVFusion"])}, {0: float(row["CBDES"])}) for _, row in frame.iterrows()}
+    return {name: change({0: float(before)}, {0: float(after)}) for name, before, after in frame.iloc[:, :3].itertuples(index=False)}
 
 def published_rows(
     frame: pd.DataFrame,  # of load_published: name, BEVFusion, CBDES
