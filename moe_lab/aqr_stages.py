@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BEFORE', 'TOLD', 'REPAIRED', 'BLEND', 'FIXES', 'BRIGHT', 'ROUND', 'Setting', 'one_at_a_time', 'step_by_step',
            'Layout', 'even_layout', 'painted', 'stages', 'stage_cells', 'trained', 'Look', 'look', 'plot_plan',
-           'plot_views', 'at_the_end', 'begins', 'plot_stage', 'finding_rows', 'cut', 'gradient_norms', 'leaning',
-           'shift', 'told']
+           'plot_views', 'at_the_end', 'begins', 'plot_stage', 'finding_rows', 'cut', 'gradient_norm', 'gradient_norms',
+           'leaning', 'shift', 'told']
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #18b61fac
 import copy
@@ -277,7 +277,7 @@ def finding_rows(
         rows.append({"run": label, "alarms": _names(f.column for _, f in alarms), "outside of the healthy range at the end": _names(f.column for f in last)})
     return rows
 
-# %% ../nbs/lib/55_aqr_stages.ipynb #a120a580
+# %% ../nbs/lib/55_aqr_stages.ipynb #81b010d8
 def cut(
     model: AQRCMT,
 ) -> AQRCMT:  # a copy
@@ -287,6 +287,12 @@ def cut(
         if isinstance(module, GaussianRenderer): module.nograd = True
     return model
 
+def gradient_norm(
+    parameters: Iterable[torch.nn.Parameter],
+) -> float:  # 0 if no gradient reached them
+    "Length of the gradient."
+    return math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+
 def gradient_norms(
     model: AQRCMT,  # in evaluation mode: no denoising queries, no covered sensors
     batch: dict[str, Any],
@@ -295,9 +301,8 @@ def gradient_norms(
     model.zero_grad()
     terms = model.loss(model(batch), batch)
     (terms["cls"] + terms["bbox"]).backward()
-    norm = lambda parameters: math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
     sigmas = [p for name, p in model.aqr.named_parameters() if name.endswith("sigma_logit")]
-    return dict(generator=norm(model.aqr["generator"].parameters()), sigma=norm(sigmas), decoder=norm(model.decoder.parameters()))
+    return dict(generator=gradient_norm(model.aqr["generator"].parameters()), sigma=gradient_norm(sigmas), decoder=gradient_norm(model.decoder.parameters()))
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #9be79a5a
 def leaning(
