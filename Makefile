@@ -13,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: repro test study setup sync bench clock clean
 
 repro: setup
-	dvc repro
+	moe-lab repro
 	@moe-lab done
 
 test: setup sync

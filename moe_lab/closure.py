@@ -114,14 +114,15 @@ def write_closures(
         files.append(file)
     return files
 
-# %% ../nbs/lib/61_closure.ipynb #393362ec
+# %% ../nbs/lib/61_closure.ipynb #ca5cf2cb
 def plan_text(
     name: str,  # a run
     params: Params,  # with the profile applied
     closures: Path,  # folder written by `write_closures`
+    any_seed: bool = False,  # leave the seed out
 ) -> str:  # hashes, then JSON
     "Everything but the data that a training depends on: its code and its parameters."
-    settings = {"threads": params.threads, **params.run(name).model_dump(mode="json", exclude={"seed"})}
+    settings = params.run(name).model_dump(mode="json", exclude={"seed"} if any_seed else None)
     codes = [Path(closures) / "train" / f"{settings['detector']}.txt", Path(closures) / "data" / f"{settings['dataset']}.txt"]
     for code in codes:
         if not code.is_file():
@@ -129,17 +130,18 @@ def plan_text(
     lines = sorted({line for code in codes for line in code.read_text(encoding="utf-8").splitlines()}, key=lambda line: line.split()[-1])
     return "\n".join(lines) + "\n" + json.dumps(settings, indent=1, sort_keys=True) + "\n"
 
-# %% ../nbs/lib/61_closure.ipynb #3eaf9862
+# %% ../nbs/lib/61_closure.ipynb #39ce4f4a
 def write_plans(
     params_file: Path,  # parameter file
-    profile: str,  # one of its profiles
-    out: Path = Path("build/study"),  # folder for the files; replaced as a whole
+    profile: str | None = None,  # one of its profiles; default: the one that the file names
+    out: Path = Path("build/plan"),  # folder for the files; replaced as a whole
     closures: Path = Path("build/code"),  # folder written by `write_closures`
+    any_seed: bool = False,  # leave the seed out
 ) -> list[Path]:  # one file a run
     "Write the plan of every run."
     params = load(params_file, profile)
     shutil.rmtree(out, ignore_errors=True)
     Path(out).mkdir(parents=True)
     for name in params.runs:
-        (Path(out) / f"{name}.txt").write_text(plan_text(name, params, closures), encoding="utf-8")
+        (Path(out) / f"{name}.txt").write_text(plan_text(name, params, closures, any_seed), encoding="utf-8")
     return sorted(Path(out).glob("*.txt"))

@@ -127,23 +127,24 @@ class EvalParams(Strict):
     max_detections: int = Field(300, ge=1, description="detections kept per image")
     batch_size: int = Field(32, ge=1, description="images per forward pass")
 
-# %% ../nbs/lib/00_params.ipynb #8de3cfcf
+# %% ../nbs/lib/00_params.ipynb #8e468eb6
 class RunParams(Strict):
     "One entry under `runs:`: a detector, trained and judged on a dataset."
     detector: str = Field(description="a name in the detector registry")
     dataset: Literal["coco", "dair_v2x", "nuscenes"] = Field("coco", description="format of the data")
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: those of the whole file")
     init_from: str = Field("scratch", description="run whose checkpoint gives the first weights; scratch = random ones")
     model: dict[str, Any] = Field(default_factory=dict, description="the detector's own parameters")
     data: DataParams
     train: TrainParams
     evaluate: EvalParams = EvalParams()
 
-# %% ../nbs/lib/00_params.ipynb #063df6d0
+# %% ../nbs/lib/00_params.ipynb #41d88951
 class Params(Strict):
     "All of `params.yaml`, with the chosen profile already applied."
     profile: str = Field(description="which entry of `profiles` is laid over `runs`")
-    threads: int = Field(ge=1, description="CPU threads; part of the result, since sums depend on their order")
+    threads: int = Field(ge=1, description="CPU threads of a run that names none; part of the result, since sums depend on their order")
     runs: dict[str, RunParams]
 
     def run(self, name: str) -> RunParams:
@@ -164,12 +165,13 @@ def merged(
         out[key] = merged(out[key], value) if both else value
     return out
 
-# %% ../nbs/lib/00_params.ipynb #d3e42dba
+# %% ../nbs/lib/00_params.ipynb #d8bfda7d
 def _apply_profile(raw: Mapping, profile: str, file: str) -> dict:
     profiles = raw.get("profiles") or {}
     if profile not in profiles:
         raise UserError(f"{file}: profile: unknown profile {profile!r}{nearest(profile, profiles)}")
-    over, runs = profiles[profile] or {}, raw.get("runs") or {}
+    shared = {"threads": raw["threads"]} if "threads" in raw else {}
+    over, runs = profiles[profile] or {}, {name: merged(shared, run or {}) for name, run in (raw.get("runs") or {}).items()}
     for name, changes in over.items():
         if name not in runs and name != "*" and (changes or {}).get("extends") not in runs:
             raise UserError(f"{file}: profiles.{profile}.{name}: no such run{nearest(name, runs)}; a run of this profile only says which one it `extends`")
