@@ -17,8 +17,8 @@ repro: setup
 	@moe-lab done
 
 test: setup sync
-	nbdev_test --path nbs --n_workers 2
-	pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 sync: setup
 	@nbdev_export
@@ -26,8 +26,7 @@ sync: setup
 
 study: setup                             # only what changed; killed, it goes on where it was; results of a clone need not be at hand
 	@echo 'make: the runs of studies/params.yaml, once a seed: hours on two CPU cores, minutes on a GPU. Stop it at will: the same command goes on.'
-	@dvc repro data.dvc studies/dvc.yaml:plan
-	@dvc repro --allow-missing studies/dvc.yaml || { echo 'make: if a checkpoint is missing (it is not in git), make it again: dvc repro studies/dvc.yaml:STAGE, the stage that is named above'; exit 1; }
+	@moe-lab repro studies/dvc.yaml --allow-missing || { echo 'make: if a checkpoint is missing (it is not in git), make it again: dvc repro studies/dvc.yaml:STAGE, the stage that is named above'; exit 1; }
 
 bench: setup
 	moe-lab run nbs/pipeline/bench.ipynb --out bench -p repeats=30

@@ -261,14 +261,14 @@ def run_sheet(
         captions.append(f"{scene['condition'] or 'sample'} · {token} · precision {quality.get(token, np.nan):.2f} · {len(scene['boxes'])} objects with points")
     return contact_sheet(pictures, captions, class_colours(NAMES), columns=1, width=width)
 
-# %% ../nbs/lib/53_bev_gallery.ipynb #be840b21
+# %% ../nbs/lib/53_bev_gallery.ipynb #4468309c
 def as_figure(
     picture: Image.Image,
     width: float = 9.0,  # inches; a PNG of photographs grows with its square
 ) -> Figure:
     "A picture as a figure without axes."
     fig = plt.figure(figsize=(width, width * picture.height / picture.width))
-    fig.set_layout_engine("none")  # nothing to lay out; as an argument of `figure`, a style's constrained layout would come back when the figure is saved
+    fig.set_layout_engine("none")  # nothing to lay out; said to `figure`, it is forgotten once the figure is saved
     ax = fig.add_axes((0, 0, 1, 1))
     ax.imshow(picture)
     ax.set_axis_off()

@@ -99,16 +99,16 @@ def launch(
     for file in run_in_process(notebook, Path("runs") / run, training_parameters(notebook, run, params_file)[0], show=True):
         console.print(f"  {file}", style="dim", highlight=False)
 
-# %% ../nbs/lib/69_cli.ipynb #4b4d135e
+# %% ../nbs/lib/69_cli.ipynb #e2ec64f9
 @command
 def repro(
     pipeline: Annotated[Path, typer.Argument(help="pipeline file")] = Path("dvc.yaml"),
-    jobs: Annotated[int, typer.Option(help="stages at a time; 0 = one for each processor core")] = 0,
+    cores: Annotated[int, typer.Option(help="processor cores that may be busy; 0 = all, if there are 4 GiB of memory for each")] = 0,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="look past results that are not there, as in a fresh clone")] = False,
 ):
     "Do what `dvc repro` does, with several stages at a time; exit with 1 when one failed."
     from moe_lab.lanes import repro_lanes
-    failed = repro_lanes(pipeline.as_posix(), jobs, allow_missing, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    failed = repro_lanes(pipeline.as_posix(), cores, allow_missing, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     if failed:
         raise UserError(f"{pipeline}: failed: {', '.join(failed)}; the reasons stand above. What succeeded is kept: the same command goes on")
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other; torch reads this when it is imported
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,15 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+
+
+LONG = ("test_pipeline", "test_studies", "test_nuscenes_samples", "test_samples", "test_resume", "test_site")
+
+
+def pytest_collection_modifyitems(items):
+    "Files of minutes first: a long one that starts last keeps one worker busy while the others have nothing to do."
+    place = {name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_an_edit_reruns_only_what_it_touches(built):
     assert not any(stage.startswith("train") for stage in status)
     assert ran(built.call("dvc", "repro", *TARGETS).stdout) == ["code"]
     built.edit("params.yaml", "    seed: 0", "    seed: 1")
-    assert ran(built.call("dvc", "repro", *TARGETS).stdout)[0] == "train@yolov7_tiny"
+    assert ran(built.call("dvc", "repro", *TARGETS).stdout)[:2] == ["plan", "train@yolov7_tiny"]
     assert "AP50" in built.call("dvc", "metrics", "diff", "--all").stdout
     built.commit()
 
