@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'command', 'given_parameters', 'training_parameters', 'run', 'launch', 'repro', 'library', 'detect',
-           'code', 'plan', 'doctor', 'verify', 'params', 'site', 'readme', 'samples', 'import_yolov7', 'import_rtdetr',
-           'export', 'stopwatch', 'done']
+           'code', 'digest', 'plan', 'doctor', 'verify', 'params', 'site', 'readme', 'samples', 'import_yolov7',
+           'import_rtdetr', 'export', 'stopwatch', 'done']
 
 # %% ../nbs/lib/69_cli.ipynb #91c61bb9
 import functools
@@ -170,6 +170,17 @@ def code(out: Annotated[Path, typer.Option(help="folder for the closure files")]
     from moe_lab.closure import write_closures
     for file in write_closures(out):
         console.print(f"  {file}", style="dim", highlight=False)
+
+# %% ../nbs/lib/69_cli.ipynb #1341939e
+@command
+def digest(
+    dataset: Annotated[Path, typer.Argument(help="folder of a dataset")],
+    out: Annotated[Path, typer.Option(help="file for its hash")],
+):
+    "Write one hash for all files of a dataset."
+    from moe_lab.checkpoint import write_bytes
+    from moe_lab.closure import data_digest
+    write_bytes(out, data_digest(dataset).encode())
 
 # %% ../nbs/lib/69_cli.ipynb #809dcfb1
 @command

@@ -114,7 +114,7 @@ def outcome(
     if done.returncode: return f"failed:\n{done.stdout}"
     return f"{seconds:.0f} s" if "Running stage" in done.stdout else "unchanged"
 
-# %% ../nbs/lib/65_lanes.ipynb #8cae4f6d
+# %% ../nbs/lib/65_lanes.ipynb #0ea275fe
 def cores_here() -> int:
     "Processor cores that this machine can use for stages, with 4 GiB of memory for each."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks the first
@@ -128,11 +128,14 @@ def repro_lanes(
     say: Callable[[str], None] = print,  # takes a line
 ) -> list[str]:  # stages that failed
     "Bring a pipeline up to date, several stages at a time."
-    first = dvc_repro("data.dvc", f"{target}:plan")
-    if first.returncode:
-        say(f"plan  {outcome(first, 0)}")
-        return ["plan"]
-    (needs, commands), runs = pipeline_stages(target, allow_missing), load(only=[]).runs
+    needs, commands = pipeline_stages(target, allow_missing)
+    for plan in [stage for stage in needs if stage.split(":")[-1] == "plan"]:
+        first = dvc_repro(plan)
+        if first.returncode:
+            say(f"{plan}  {outcome(first, 0)}")
+            return [plan]
+        needs, commands = pipeline_stages(target, allow_missing)
+    runs = load(only=[]).runs
     finished, options, cores = [], ["--allow-missing"] if allow_missing else [], cores or cores_here()
     say(f"{len(needs)} stages have changed or wait for one that has; {cores} cores" if needs else "everything is up to date")
 

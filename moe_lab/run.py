@@ -104,7 +104,7 @@ def normalise(
             cell.outputs = [nbformat.from_dict(_stable_output(o)) for o in _joined_streams(cell.outputs)]
     return nb
 
-# %% ../nbs/lib/60_run.ipynb #669e5052
+# %% ../nbs/lib/60_run.ipynb #f412c701
 KEPT = str(2**32)  # bytes; more than a step ever frees
 
 def run_environment(
@@ -116,7 +116,7 @@ def run_environment(
     look = {"MATPLOTLIBRC": str((Path(root) / "nbs" / "matplotlibrc").resolve()), "PYTHONWARNINGS": "ignore:IProgress not found"}
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1",
-            "GOMP_SPINCOUNT": "1000", "MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_MMAP_THRESHOLD_": KEPT,
+            "GOMP_SPINCOUNT": "30000", "MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_MMAP_THRESHOLD_": KEPT,
             "PYDEVD_DISABLE_FILE_VALIDATION": "1", **look, **count}
 
 # %% ../nbs/lib/60_run.ipynb #1a0e6626
