@@ -6,8 +6,9 @@
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
            'write_closures', 'data_digest', 'plan_text', 'write_plans']
 
-# %% ../nbs/lib/61_closure.ipynb #3b32126b
+# %% ../nbs/lib/61_closure.ipynb #dd94b532
 import ast
+import functools
 import hashlib
 import json
 import shutil
@@ -42,15 +43,19 @@ def _import_targets(node: ast.AST, package: list[str]) -> list[str]:
     stem = ".".join(base + ([node.module] if node.module else []))
     return [stem] + [f"{stem}.{alias.name}" for alias in node.names]
 
-# %% ../nbs/lib/61_closure.ipynb #f7cae9b7
+# %% ../nbs/lib/61_closure.ipynb #bebf3767
+@functools.lru_cache(maxsize=None)
+def _all_targets(code: str, name: str) -> frozenset[str]:
+    "What a piece of code may import; a module is asked for once for each stage that reaches it."
+    return frozenset(t for node in ast.walk(ast.parse(code)) for t in _import_targets(node, name.split(".")))
+
 def imported_modules(
     code: str,  # Python source
     name: str,  # dotted name of the module it belongs to ('' for a notebook)
     known: Iterable[str],  # modules of the package
 ) -> set[str]:  # those that the code imports
     "Modules among `known` that `code` imports anywhere, also inside functions."
-    targets = [t for node in ast.walk(ast.parse(code)) for t in _import_targets(node, name.split("."))]
-    return set(targets) & set(known)
+    return set(_all_targets(code, name)) & set(known)
 
 # %% ../nbs/lib/61_closure.ipynb #854988b9
 def closure(
@@ -89,13 +94,14 @@ def stage_closures(
     readers["tour"] = Path(root) / "nbs/00_tour.ipynb"
     return stages | {stage: closure(notebook_imports(notebook, modules), modules) for stage, notebook in readers.items()}
 
-# %% ../nbs/lib/61_closure.ipynb #b409c9d1
+# %% ../nbs/lib/61_closure.ipynb #0407f805
 def closure_text(
     names: Iterable[str],  # module names
     root: Path = Path("."),  # the checkout
 ) -> str:  # one line a module
     "Hash and path of each module, as the text of a closure file."
-    files = [package_modules(root)[name] for name in names]
+    modules = package_modules(root)
+    files = [modules[name] for name in names]
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()[:16]}  {f.relative_to(root).as_posix()}" for f in files]
     return "\n".join(lines) + "\n"
 
