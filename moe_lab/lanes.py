@@ -6,7 +6,8 @@
 __all__ = ['really_changed', 'affected', 'in_file', 'pipeline_stages', 'cores_of', 'weight', 'run_lanes', 'dvc_repro', 'outcome',
            'cores_here', 'repro_lanes']
 
-# %% ../nbs/lib/65_lanes.ipynb #bbc4998c
+# %% ../nbs/lib/65_lanes.ipynb #b5538226
+import functools
 import os
 import re
 import subprocess
@@ -50,7 +51,7 @@ def in_file(
     file = stage.rpartition(":")[0] or ("dvc.yaml" if not stage.endswith(".dvc") else stage)
     return file == target
 
-# %% ../nbs/lib/65_lanes.ipynb #454fea71
+# %% ../nbs/lib/65_lanes.ipynb #b2565c96
 def pipeline_stages(
     target: str = "dvc.yaml",  # a pipeline file
     allow_missing: bool = False,  # look past results that are not there
@@ -69,11 +70,11 @@ def pipeline_stages(
 
 def cores_of(
     command: str,  # of a stage
-    runs: Mapping[str, RunParams],
+    runs_of: Callable[[str | None], Mapping[str, RunParams]],  # the runs of a profile; None = the file's own
 ) -> int:
     "Processor cores that a stage keeps busy: the threads of the run that it trains, or one."
-    name = re.search(r"--run (\S+)", command)
-    return runs[name[1]].threads if name and name[1] in runs else 1
+    run, profile = (re.search(rf"--{option} (\S+)", command) for option in ("run", "profile"))
+    return runs_of(profile and profile[1])[run[1]].threads if run else 1
 
 # %% ../nbs/lib/65_lanes.ipynb #df6ccc42
 def weight(
@@ -123,7 +124,7 @@ def outcome(
     if done.returncode: return f"failed:\n{done.stdout}"
     return f"{seconds:.0f} s" if "Running stage" in done.stdout else "unchanged"
 
-# %% ../nbs/lib/65_lanes.ipynb #b85a3155
+# %% ../nbs/lib/65_lanes.ipynb #a6f707fe
 def cores_here() -> int:
     "Processor cores that this machine can use for stages, with 4 GiB of memory for each."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS lacks the first
@@ -144,7 +145,7 @@ def repro_lanes(
             say(f"{', '.join(first)}  {outcome(done, 0)}")
             return first
         needs, commands = pipeline_stages(target, allow_missing)
-    runs = load(only=[]).runs
+    runs_of = functools.cache(lambda profile: load(profile=profile, only=[]).runs)
     finished, options, cores = [], ["--allow-missing"] if allow_missing else [], cores or cores_here()
     say(f"{len(needs)} stages have changed or wait for one that has; {cores} cores" if needs else "everything is up to date")
 
@@ -155,4 +156,4 @@ def repro_lanes(
         say(f"[{len(finished):{len(str(len(needs)))}}/{len(needs)}] {stage}  {outcome(done, time.perf_counter() - start)}")
         return done.returncode == 0
 
-    return run_lanes(needs, work, cores, {stage: cores_of(commands[stage], runs) for stage in needs})
+    return run_lanes(needs, work, cores, {stage: cores_of(commands[stage], runs_of) for stage in needs})

@@ -79,8 +79,8 @@ def test_every_stage_depends_on_its_closure():
     for name, definition in stages.items():
         body = definition.get("do", definition)
         if "moe-lab run" in body["cmd"]:
-            file = "build/plan/${key}.txt" if name == "train" else rf"build/code/{name.replace('analysis_', 'analysis/')}"
-            assert any(dep.startswith(file) for dep in body["deps"]), f"{name} does not depend on {file}"
+            file = r"build/plan/\$\{key\}\.txt$" if name == "train" else rf"build/code/{name.replace('analysis_', 'analysis/')}[./]"
+            assert any(re.match(file, dep) for dep in body["deps"]), f"{name} does not depend on {file}"
     assert set(stages["analysis"]["foreach"]) | {name.removeprefix("analysis_") for name in stages if name.startswith("analysis_")} == analyses
 
 

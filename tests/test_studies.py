@@ -103,7 +103,7 @@ def test_another_seed_runs_only_that_and_somebody_elses_parameters_nothing(studi
 def test_a_variant_starts_from_the_checkpoint_of_its_seed(studied):
     studied.edit("studies/params.yaml", "from_yolov7_tiny: []", "from_yolov7_tiny: [yolov7_tiny_more]")
     done = studied.call("dvc", "repro", "studies/dvc.yaml:from_yolov7_tiny@yolov7_tiny_more-1")
-    assert re.findall(r"Running stage '([^']+)'", done.stdout)[-1] == "studies/dvc.yaml:from_yolov7_tiny@yolov7_tiny_more-1"
+    assert re.findall(r"Running stage 'studies/dvc.yaml:([^']+@[^']+)'", done.stdout) == ["from_yolov7_tiny@yolov7_tiny_more-1"]
     lock = YAML(typ="safe").load((studied.path / "studies/dvc.lock").read_text())["stages"]
     files = lambda stage, kind: {entry["path"]: entry["md5"] for entry in lock[stage][kind]}
     checkpoint = "studies/yolov7_tiny/1/checkpoint.safetensors"
