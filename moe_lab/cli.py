@@ -49,7 +49,7 @@ def given_parameters(
             raise UserError(f"-p {name}: expected NAME=VALUE")
     return {name: YAML(typ="safe").load(value) for name, _, value in split}
 
-# %% ../nbs/lib/69_cli.ipynb #d5832ed2
+# %% ../nbs/lib/69_cli.ipynb #6402bb76
 def training_parameters(
     notebook: Path,  # the training notebook
     run: str,  # name of a run
@@ -57,10 +57,9 @@ def training_parameters(
     out: Path | None = None,  # folder for the results; None = runs/<run>
     **others: str | int | None,  # more of the notebook's parameters; those that are None keep the notebook's defaults
 ) -> tuple[dict, int]:  # the notebook's parameters, and the number of threads
-    "Check the parameter file and the run's name before a kernel starts."
+    "Check the parameter file and the run's name before a kernel starts. What only the detector knows, its `model` section, the notebook checks first of all."
     from moe_lab.params import load
-    params = load(params_file, others.pop("profile", None), only=[run])
-    params.run(run)
+    params = load(params_file, others.pop("profile", None), only=[])
     here = lambda path: Path(os.path.relpath(path, notebook.parent)).as_posix()
     others = {name: here(value) if isinstance(value, Path) else value for name, value in others.items() if value is not None}
     return {"run": run, "profile": params.profile, "params_file": here(params_file), "resume": here((out or Path("runs") / run) / ".resume"), "data_root": "",

@@ -120,7 +120,7 @@ def write_closures(
         files.append(file)
     return files
 
-# %% ../nbs/lib/61_closure.ipynb #93577e7c
+# %% ../nbs/lib/61_closure.ipynb #e10bfb33
 def data_digest(
     folder: Path,  # a dataset
 ) -> str:  # 64 hex digits, and the number of files
@@ -129,7 +129,8 @@ def data_digest(
         raise UserError(f"{folder}: no such dataset; bring it with `dvc repro data.dvc`")
     files, total = sorted(f for f in Path(folder).rglob("*") if f.is_file()), hashlib.sha256()
     for file in files:
-        total.update(file.relative_to(folder).as_posix().encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        with file.open("rb") as content:
+            total.update(file.relative_to(folder).as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
     return f"{total.hexdigest()}  {len(files)} files\n"
 
 # %% ../nbs/lib/61_closure.ipynb #ca5cf2cb

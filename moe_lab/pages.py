@@ -279,15 +279,13 @@ def parameters_digest(
     parameters = (read_yaml(root / "params.yaml").get("runs") or {}).get(run)
     return hashlib.sha256(json.dumps(parameters, sort_keys=True, default=str).encode()).hexdigest()[:10] if parameters else ""
 
-# %% ../nbs/lib/58_pages.ipynb #be0c68a0
+# %% ../nbs/lib/58_pages.ipynb #e1f3047e
 def data_digest(
     root: Path,  # the repository
 ) -> str:  # 10 hexadecimal digits; empty if unknown
-    "Digest of `data/` as DVC recorded it, in data.dvc or among a stage's dependencies."
+    "Digest of `data/` as data.dvc records it."
     outs = read_yaml(root / "data.dvc").get("outs") or []
-    stages = (read_yaml(root / "dvc.lock").get("stages") or {}).values()
-    deps = [dep for stage in stages for dep in stage.get("deps", []) if str(dep.get("path", "")).split("/")[0] == "data"]
-    return next((entry["md5"].removesuffix(".dir")[:10] for entry in [*outs, *deps] if "md5" in entry), "")
+    return next((entry["md5"].removesuffix(".dir")[:10] for entry in outs if "md5" in entry), "")
 
 # %% ../nbs/lib/58_pages.ipynb #cd4f22b6
 def provenance(

@@ -385,14 +385,15 @@ def readable(
     plain = re.sub(r"\x1b\[[0-9;]*m", "", log).replace(f"{folder}{os.sep}", "")
     return sorted({line.strip() for line in plain.splitlines() if "WARNING" in line or "ERROR" in line})
 
-# %% ../nbs/lib/62_site.ipynb #f5fad86d
+# %% ../nbs/lib/62_site.ipynb #927747db
 def render(
     source: Path,  # what Sphinx reads
     target: Path,  # what it writes
     title: str,  # of the project
+    jobs: int = 2,  # pages at a time
 ) -> list[str]:  # warnings, readable
-    "Run Sphinx in this process, and remove what only Sphinx needs."
-    log, given = io.StringIO(), {"confoverrides": settings(title), "status": None, "freshenv": True}
+    "Run Sphinx, and remove what only Sphinx needs."
+    log, given = io.StringIO(), {"confoverrides": settings(title), "status": None, "freshenv": True, "parallel": jobs}
     with patch_docutils(), docutils_namespace(): Sphinx(source, None, target, source / ".trees", "html", warning=log, **given).build()
     spare = [".buildinfo", "objects.inv", "_static/webpack-macros.html", *(p.relative_to(target) for p in target.rglob("*.map"))]
     for name in spare: (target / name).unlink(missing_ok=True)

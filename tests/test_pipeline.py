@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import cpu_seconds
 
-TARGETS = ("train@yolov7_tiny", "analysis@yolov7_baseline", "readme")
+TARGETS = ("train@yolov7_tiny", "analysis@yolov7_baseline")
 RUN = "runs/yolov7_tiny"
 
 
