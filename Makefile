@@ -52,4 +52,4 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf build site runs/*/.staging runs/*/.resume runs/*/.failed studies/*/*/.staging studies/*/*/.resume studies/*/*/.failed
+	rm -rf build site runs/*/.staging* runs/*/.resume runs/*/.failed studies/*/*/.staging* studies/*/*/.resume studies/*/*/.failed

@@ -180,7 +180,12 @@ def _make_folder(path: Path) -> None:
     except OSError as e:
         raise UserError(f"{path}: cannot create this folder ({e.strerror}); check its permissions and the free space") from None
 
-# %% ../nbs/lib/60_run.ipynb #adc98feb
+# %% ../nbs/lib/60_run.ipynb #d8048420
+def _staging_folder(notebook: Path, target: Path, rank: int = 0) -> Path:
+    "Where results wait. A notebook that writes no files of its own may share `target` with others, at the same time."
+    own = "" if "out" in notebook_parameters(notebook) else f"-{notebook.stem}"
+    return target / f".staging{own}{f'-{rank}' if rank else ''}"
+
 @contextlib.contextmanager
 def _staged(notebook: Path, staging: Path, parameters: Mapping[str, Any] | None) -> Iterator[tuple[Path, dict]]:
     "An empty staging folder and checked parameters that point to it; the folder is gone afterwards, whatever happens."
@@ -193,11 +198,11 @@ def _staged(notebook: Path, staging: Path, parameters: Mapping[str, Any] | None)
     try:
         yield staging, given
     except OSError as e:
-        raise UserError(f"{e.filename or staging}: cannot be written ({e.strerror}); free some space or mend its permissions, then run again") from None
+        raise UserError(f"{e.filename or staging}: cannot be written ({e.strerror or e}); free some space or mend its permissions, then run again") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
-# %% ../nbs/lib/60_run.ipynb #9cf7e3b4
+# %% ../nbs/lib/60_run.ipynb #b833fdf4
 def run_notebook(
     notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
@@ -208,11 +213,11 @@ def run_notebook(
 ) -> list[Path]:  # files now in `target`
     "Execute, normalise and publish. `UserError` for unknown parameters or a failing cell; `target` then stays as it was."
     notebook, target = Path(notebook), Path(target)
-    with _staged(notebook, target / ".staging", parameters) as (staging, given):
+    with _staged(notebook, _staging_folder(notebook, target), parameters) as (staging, given):
         os.environ.update(run_environment(root, threads))
         nb = _execute(notebook, staging / notebook.name, given, target / ".failed" / notebook.name, Progress() if show else None)
         nbformat.write(normalise(nb), staging / notebook.name)
-        shutil.rmtree(target / ".failed", ignore_errors=True)
+        (target / ".failed" / notebook.name).unlink(missing_ok=True)
         return publish(staging, target)
 
 # %% ../nbs/lib/60_run.ipynb #057c8660
@@ -230,7 +235,7 @@ def _run_cells(nb: nbformat.NotebookNode, notebook: Path, verbose: bool) -> nbfo
         os.chdir(here)
     return nb
 
-# %% ../nbs/lib/60_run.ipynb #7d1abfae
+# %% ../nbs/lib/60_run.ipynb #c8e42785
 def run_in_process(
     notebook: Path,  # notebook to execute
     target: Path,  # folder for the executed notebook and whatever it writes to `out`
@@ -239,7 +244,7 @@ def run_in_process(
 ) -> list[Path]:  # files now in `target`; empty for all but the first process
     "As `run_notebook`, in this process; one of several, if `accelerate launch` started it."
     notebook, target, rank = Path(notebook), Path(target), int(os.environ.get("RANK", "0"))
-    with _staged(notebook, target / (f".staging-{rank}" if rank else ".staging"), parameters) as (staging, given):
+    with _staged(notebook, _staging_folder(notebook, target, rank), parameters) as (staging, given):
         nb = load_notebook_node(str(notebook))
         nb = parameterize_notebook(nb, given) if given else nb
         nbformat.write(normalise(_run_cells(nb, notebook, show and not rank)), staging / notebook.name)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Backbone', 'BACKBONES', 'stage_channels', 'make_backbone', 'load_pretrained', 'CameraBackbone', 'LSSFPN', 'DepthLSS']
 
-# %% ../../nbs/lib/31_camera_branch.ipynb #78a58dcc
+# %% ../../nbs/lib/31_camera_branch.ipynb #f91f123c
 from functools import partial
 from typing import Literal
 import torch
 import torch.nn.functional as F
+import transformers # a whole: it loads the code of a backbone when that is asked for, and CMT never asks
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import ConvNextBackbone, ConvNextConfig, PvtV2Backbone, PvtV2Config, ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
 from ..bev import BEVGrid, GeometryCache, depth_image, view_pool
 from .layers import conv_norm
 from ..params import UserError
@@ -32,23 +32,23 @@ def stage_channels(name: Backbone, width: int | None = None) -> list[int]:
     published, proportion, _ = BACKBONES[name]
     return [(width or published) * p for p in proportion]
 
-# %% ../../nbs/lib/31_camera_branch.ipynb #31a6e745
+# %% ../../nbs/lib/31_camera_branch.ipynb #d9273bcc
 def _swin(channels: list[int], depths: list[int], options: dict) -> nn.Module:
     heads = [max(1, c // 32) if channels[0] >= 32 else 2**i for i, c in enumerate(channels)]
-    net = SwinBackbone(SwinConfig(embed_dim=channels[0], depths=depths, num_heads=heads, out_indices=[2, 3, 4], **options))
+    net = transformers.SwinBackbone(transformers.SwinConfig(embed_dim=channels[0], depths=depths, num_heads=heads, out_indices=[2, 3, 4], **options))
     net.swin.layernorm = nn.Identity() # its result is not used, so it would never learn
     return net
 
 def _resnet(channels: list[int], depths: list[int], options: dict) -> nn.Module:
     narrow = channels[0] < 128
     options = dict(layer_type="basic" if narrow else "bottleneck", embedding_size=channels[0] if narrow else channels[0] // 4) | options
-    return ResNetBackbone(ResNetConfig(hidden_sizes=channels, depths=depths, out_indices=[2, 3, 4], **options))
+    return transformers.ResNetBackbone(transformers.ResNetConfig(hidden_sizes=channels, depths=depths, out_indices=[2, 3, 4], **options))
 
 def _convnext(channels: list[int], depths: list[int], options: dict) -> nn.Module:
-    return ConvNextBackbone(ConvNextConfig(hidden_sizes=channels, depths=depths, out_indices=[2, 3, 4], **options))
+    return transformers.ConvNextBackbone(transformers.ConvNextConfig(hidden_sizes=channels, depths=depths, out_indices=[2, 3, 4], **options))
 
 def _pvt(channels: list[int], depths: list[int], options: dict) -> nn.Module:
-    return PvtV2Backbone(PvtV2Config(hidden_sizes=channels, depths=depths, out_features=["stage2", "stage3", "stage4"], **options))
+    return transformers.PvtV2Backbone(transformers.PvtV2Config(hidden_sizes=channels, depths=depths, out_features=["stage2", "stage3", "stage4"], **options))
 
 # %% ../../nbs/lib/31_camera_branch.ipynb #57ffc73e
 def make_backbone(
