@@ -75,7 +75,7 @@ def cores_of(
     run, profile = (re.search(rf"--{option} (\S+)", command) for option in ("run", "profile"))
     return runs_of(profile and profile[1])[run[1]].threads if run else 1
 
-# %% ../nbs/lib/65_lanes.ipynb #df6ccc42
+# %% ../nbs/lib/65_lanes.ipynb #8fa10460
 def weight(
     stage: str,
     needs: Mapping[str, set[str]],  # stage -> stages that it waits for
@@ -91,8 +91,8 @@ def run_lanes(
 ) -> list[str]:  # those that failed
     "Run every stage after those that it waits for."
     order, ready, running, failed, free = TopologicalSorter(needs), [], {}, [], cores
-    rank = {stage: (-weight(stage, needs), place) for place, stage in enumerate(needs)}
     size = lambda stage: min(cores, wants.get(stage, 1))
+    rank = {stage: (-size(stage), -weight(stage, needs), place) for place, stage in enumerate(needs)}
     order.prepare()
     with ThreadPoolExecutor(cores) as pool:
         while True:
@@ -108,7 +108,7 @@ def run_lanes(
                 if finished.result(): order.done(stage)
                 else: failed.append(stage)
 
-# %% ../nbs/lib/65_lanes.ipynb #809c4f69
+# %% ../nbs/lib/65_lanes.ipynb #cc124f89
 def dvc_repro(
     *arguments: str,  # of `dvc repro`
     hear: Callable[[str], None] = lambda line: None,  # is given each line at once
@@ -125,7 +125,7 @@ def epoch_of(
     line: str,  # printed by a training
 ) -> str:  # empty if it is about something else
     "How far a training is, with its loss and, where it was judged, its metrics."
-    found = re.search(r"(epoch \d+/\d+) .*?(\bloss .*)", line)
+    found = re.search(r"(epoch +\d+/\d+) .*?(\bloss .*)", line)
     return f"{found[1]}  {found[2]}" if found else ""
 
 def outcome(
