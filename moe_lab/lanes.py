@@ -75,7 +75,7 @@ def cores_of(
     run, profile = (re.search(rf"--{option} (\S+)", command) for option in ("run", "profile"))
     return runs_of(profile and profile[1])[run[1]].threads if run else 1
 
-# %% ../nbs/lib/65_lanes.ipynb #8fa10460
+# %% ../nbs/lib/65_lanes.ipynb #37fe8693
 def weight(
     stage: str,
     needs: Mapping[str, set[str]],  # stage -> stages that it waits for
@@ -97,8 +97,9 @@ def run_lanes(
     with ThreadPoolExecutor(cores) as pool:
         while True:
             ready = sorted([*ready, *order.get_ready()], key=rank.__getitem__)
-            while ready and size(ready[0]) <= free:
-                stage = ready.pop(0)
+            for stage in [*ready]:
+                if size(stage) > free: continue
+                ready.remove(stage)
                 running[pool.submit(work, stage)] = stage
                 free -= size(stage)
             if not running: return failed
