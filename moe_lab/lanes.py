@@ -109,7 +109,7 @@ def run_lanes(
                 if finished.result(): order.done(stage)
                 else: failed.append(stage)
 
-# %% ../nbs/lib/65_lanes.ipynb #cc124f89
+# %% ../nbs/lib/65_lanes.ipynb #cf3414f5
 def dvc_repro(
     *arguments: str,  # of `dvc repro`
     hear: Callable[[str], None] = lambda line: None,  # is given each line at once
@@ -122,6 +122,7 @@ def dvc_repro(
             hear(line.rstrip())
     return subprocess.CompletedProcess(command, process.returncode, "".join(lines))
 
+# %% ../nbs/lib/65_lanes.ipynb #b42b9603
 def epoch_of(
     line: str,  # printed by a training
 ) -> str:  # empty if it is about something else
@@ -137,7 +138,7 @@ def outcome(
     if done.returncode: return f"failed:\n{done.stdout}"
     return f"{seconds:.0f} s" if "Running stage" in done.stdout else "unchanged"
 
-# %% ../nbs/lib/65_lanes.ipynb #f4b9fec2
+# %% ../nbs/lib/65_lanes.ipynb #f2eb36b3
 def cores_here() -> int:
     "Processor cores that this machine can use for stages, with 4 GiB of memory for each; one if there is an accelerator, which trainings would share."
     import torch
@@ -146,6 +147,7 @@ def cores_here() -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores, memory // 2**32))
 
+# %% ../nbs/lib/65_lanes.ipynb #e49c6ef1
 def repro_lanes(
     target: str = "dvc.yaml",  # a pipeline file with a stage `plan`
     cores: int = 0,  # that may be busy; 0 = as many as the machine has

@@ -1,11 +1,13 @@
 """The pipeline as a user drives it: repro, edit, rerun, fail, experiment, sweep. In order; each test goes on where the last one stopped."""
 import json
 import re
+import time
 
 import pytest
 from conftest import cpu_seconds
 
 TARGETS = ("train@yolov7_tiny", "analysis@yolov7_baseline")
+README = ("--single-item", "readme")  # it reads all reports; what is tested here makes one of them
 RUN = "runs/yolov7_tiny"
 
 
@@ -14,6 +16,7 @@ def built(checkout):
     "The checkout after its first `dvc repro`, with one run."
     checkout.keep_runs("yolov7_tiny")
     checkout.call("dvc", "repro", *TARGETS)
+    checkout.call("dvc", "repro", *README)
     checkout.commit()
     return checkout
 
@@ -32,6 +35,7 @@ def test_second_repro_runs_nothing_and_is_quick(built):
     start = cpu_seconds()
     done = built.call("dvc", "repro", *TARGETS)
     assert ran(done.stdout) == [] and cpu_seconds() - start < 6  # of a processor, however busy it is; about 2
+    assert ran(built.call("dvc", "repro", *README).stdout) == []
     assert built.call("git", "status", "--porcelain").stdout == ""
 
 
@@ -78,8 +82,12 @@ def test_a_failing_run_leaves_earlier_results(built):
 def test_an_experiment_and_a_sweep(built):
     built.call("dvc", "exp", "run", "-S", "runs.yolov7_tiny.train.epochs=2", *TARGETS[:1])
     built.call("dvc", "exp", "run", "--queue", "-S", "runs.yolov7_tiny.seed=2,3", *TARGETS[:1])
-    built.call("dvc", "exp", "run", "--run-all")  # `dvc queue start`, and wait for the end
-    assert built.call("dvc", "queue", "status").stdout.count("Success") == 2
+    built.call("dvc", "queue", "start", "-j", "1")
+    deadline = time.monotonic() + 240
+    while "Queued" in (status := built.call("dvc", "queue", "status").stdout) or "Running" in status:
+        assert time.monotonic() < deadline, status
+        time.sleep(2)
+    assert status.count("Success") == 2, status
     rows = built.call("dvc", "exp", "show", "--csv").stdout.strip().splitlines()
     assert len(rows) >= 1 + 2 + 3  # header; workspace and commit; three experiments
     assert "AP50" in rows[0]
