@@ -7,6 +7,7 @@ __all__ = ['really_changed', 'affected', 'in_file', 'pipeline_stages', 'cores_of
            'outcome', 'cores_here', 'repro_lanes']
 
 # %% ../nbs/lib/65_lanes.ipynb #72e2c391
+import contextlib
 import functools
 import os
 import re
@@ -16,11 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
 from .params import RunParams, load
+from .run import run_environment
+from .warm import warm_kernels
 
 # %% ../nbs/lib/65_lanes.ipynb #19659aa9
 def really_changed(
@@ -176,4 +180,5 @@ def repro_lanes(
         say(f"[{len(finished):{len(str(len(needs)))}}/{len(needs)}] {stage}  {outcome(done, time.perf_counter() - start)}")
         return done.returncode == 0
 
-    return run_lanes(needs, work, cores, {stage: cores_of(commands[stage], runs_of) for stage in needs})
+    with warm_kernels(run_environment(Path("."), threads=1)) if cores > 1 else contextlib.nullcontext():
+        return run_lanes(needs, work, cores, {stage: cores_of(commands[stage], runs_of) for stage in needs})
