@@ -78,7 +78,10 @@ def listen(
 def warm_kernels(
     environment: Mapping[str, str] = {},  # that libraries read while they are imported
 ) -> Iterator[str]:  # where the listener is
-    "Inside, kernels that this process and its children start are copies of one that has imported the heavy libraries."
+    "Inside, kernels that this process and its children start are copies of one that has imported the heavy libraries. Does nothing inside another one."
+    if "MOE_LAB_KERNELS" in os.environ:
+        yield os.environ["MOE_LAB_KERNELS"]
+        return
     context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
     with Listener(family="AF_UNIX") as listener:
         os.environ.update(environment, JUPYTER_DEFAULT_PROVISIONER_NAME="moe-lab-warm", MOE_LAB_KERNELS=listener.address)

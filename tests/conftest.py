@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other; torch reads this when it is imported
@@ -14,6 +15,8 @@ import pytest
 import torch
 import toy
 from moe_lab.data.synthetic import make_samples
+from moe_lab.run import run_environment
+from moe_lab.warm import warm_kernels
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
@@ -114,18 +117,19 @@ class Checkout:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Checkout:
+def checkout(tmp_path_factory) -> Iterator[Checkout]:
     "The tracked files of this working tree, committed, with the `smoke` profile."
     path = tmp_path_factory.mktemp("checkout") / "moe_lab"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(lambda n: n and (ROOT / n).is_file(), names):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
-    here = Checkout(path)
-    here.edit("params.yaml", "profile: tiny", "profile: smoke")
-    here.call("git", "init", "-q")
-    here.commit()
-    return here
+    with warm_kernels(run_environment(ROOT, threads=1)):
+        here = Checkout(path)
+        here.edit("params.yaml", "profile: tiny", "profile: smoke")
+        here.call("git", "init", "-q")
+        here.commit()
+        yield here
 
 
 @pytest.fixture(scope="session")
