@@ -18,7 +18,7 @@ repro: setup
 
 test: setup sync
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
-	pytest -n 2 --dist loadfile --no-loadscope-reorder
+	pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 sync: setup
 	@nbdev_export

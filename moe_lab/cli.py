@@ -177,9 +177,12 @@ def digest(
     out: Annotated[Path, typer.Option(help="file for its hash")],
 ):
     "Write one hash for all files of a dataset."
-    from moe_lab.checkpoint import write_bytes
-    from moe_lab.closure import data_digest
-    write_bytes(out, data_digest(dataset).encode())
+    from moe_lab.digest import dataset_digest
+    text = dataset_digest(dataset)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+    except OSError as e: raise UserError(f"{out}: cannot be written ({e.strerror}); free some space or mend its permissions") from None
 
 # %% ../nbs/lib/69_cli.ipynb #809dcfb1
 @command

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
-           'write_closures', 'data_digest', 'plan_text', 'write_plans']
+           'write_closures', 'plan_text', 'write_plans']
 
 # %% ../nbs/lib/61_closure.ipynb #dd94b532
 import ast
@@ -119,19 +119,6 @@ def write_closures(
         file.write_text(closure_text(names, root), encoding="utf-8")
         files.append(file)
     return files
-
-# %% ../nbs/lib/61_closure.ipynb #e10bfb33
-def data_digest(
-    folder: Path,  # a dataset
-) -> str:  # 64 hex digits, and the number of files
-    "A hash over names and contents of all files of a dataset. `UserError` if it is not there."
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such dataset; bring it with `dvc repro data.dvc`")
-    files, total = sorted(f for f in Path(folder).rglob("*") if f.is_file()), hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            total.update(file.relative_to(folder).as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
-    return f"{total.hexdigest()}  {len(files)} files\n"
 
 # %% ../nbs/lib/61_closure.ipynb #ca5cf2cb
 def plan_text(

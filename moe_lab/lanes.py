@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['really_changed', 'affected', 'in_file', 'pipeline_stages', 'cores_of', 'weight', 'run_lanes', 'dvc_repro', 'epoch_of',
-           'outcome', 'cores_here', 'repro_lanes']
+           'outcome', 'cores_here', 'run_stale', 'repro_lanes']
 
 # %% ../nbs/lib/65_lanes.ipynb #72e2c391
 import contextlib
@@ -152,25 +152,20 @@ def cores_here() -> int:
     return max(1, min(cores, memory // 2**32))
 
 # %% ../nbs/lib/65_lanes.ipynb #e49c6ef1
-def repro_lanes(
-    target: str = "dvc.yaml",  # a pipeline file with a stage `plan`
-    cores: int = 0,  # that may be busy; 0 = as many as the machine has
-    allow_missing: bool = False,  # look past results that are not there
-    say: Callable[[str], None] = print,  # takes a line
+def run_stale(
+    first: list[str],  # stages that may change what has to run
+    target: str,  # a pipeline file
+    cores: int,  # that may be busy
+    allow_missing: bool,  # look past results that are not there
+    say: Callable[[str], None],  # takes a line
 ) -> list[str]:  # stages that failed
-    "Bring a pipeline up to date, several stages at a time."
+    "Run some stages one after the other, and then everything that has to run, several at a time."
+    if first and (done := dvc_repro(*first)).returncode:
+        say(f"{', '.join(first)}  {outcome(done, 0)}")
+        return first
     needs, commands = pipeline_stages(target, allow_missing)
-    if first := [stage for stage in needs if stage.split(":")[-1] == "plan" or not in_file(stage, target)]:
-        done = dvc_repro(*first)
-        if done.returncode:
-            say(f"{', '.join(first)}  {outcome(done, 0)}")
-            return first
-        needs, commands = pipeline_stages(target, allow_missing)
     runs_of = functools.cache(lambda profile: load(profile=profile, only=[]).runs)
-    if not needs:
-        say("everything is up to date")
-        return []
-    finished, options, cores = [], ["--allow-missing"] if allow_missing else [], cores or cores_here()
+    finished, options = [], ["--allow-missing"] if allow_missing else []
     say(f"{len(needs)} stages have changed or wait for one that has; {cores} at a time")
 
     def work(stage: str) -> bool:
@@ -180,5 +175,20 @@ def repro_lanes(
         say(f"[{len(finished):{len(str(len(needs)))}}/{len(needs)}] {stage}  {outcome(done, time.perf_counter() - start)}")
         return done.returncode == 0
 
+    return run_lanes(needs, work, cores, {stage: cores_of(commands[stage], runs_of) for stage in needs})
+
+# %% ../nbs/lib/65_lanes.ipynb #168ecc31
+def repro_lanes(
+    target: str = "dvc.yaml",  # a pipeline file with a stage `plan`
+    cores: int = 0,  # that may be busy; 0 = as many as the machine has
+    allow_missing: bool = False,  # look past results that are not there
+    say: Callable[[str], None] = print,  # takes a line
+) -> list[str]:  # stages that failed
+    "Bring a pipeline up to date, several stages at a time."
+    needs, _ = pipeline_stages(target, allow_missing)
+    if not needs:
+        say("everything is up to date")
+        return []
+    first, cores = [stage for stage in needs if stage.split(":")[-1] == "plan" or not in_file(stage, target)], cores or cores_here()
     with warm_kernels(run_environment(Path("."), threads=1)) if cores > 1 else contextlib.nullcontext():
-        return run_lanes(needs, work, cores, {stage: cores_of(commands[stage], runs_of) for stage in needs})
+        return run_stale(first, target, cores, allow_missing, say)

@@ -84,7 +84,7 @@ def test_a_failing_run_leaves_earlier_results(built):
 def test_an_experiment_and_a_sweep(built):
     built.call("dvc", "exp", "run", "-S", "runs.yolov7_tiny.train.epochs=2", *TARGETS[:1])
     built.call("dvc", "exp", "run", "--queue", "-S", "runs.yolov7_tiny.seed=2,3", *TARGETS[:1])
-    built.call("dvc", "queue", "start", "-j", "1")
+    built.call("dvc", "queue", "start", "-j", "2")
     deadline = time.monotonic() + 240
     while "Queued" in (status := built.call("dvc", "queue", "status").stdout) or "Running" in status:
         assert time.monotonic() < deadline, status
