@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'TOLD', 'REPAIRED', 'BLEND', 'FIXES', 'BRIGHT', 'ROUND', 'Setting', 'one_at_a_time', 'step_by_step',
            'Layout', 'even_layout', 'painted', 'stages', 'stage_cells', 'trained', 'Look', 'look', 'plot_plan',
            'plot_views', 'at_the_end', 'begins', 'plot_stage', 'finding_rows', 'cut', 'gradient_norm', 'gradient_norms',
-           'leaning', 'shift', 'told']
+           'leaning', 'shift', 'far_apart', 'leanings', 'told']
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #18b61fac
 import copy
@@ -325,6 +325,24 @@ def shift(
     "How far weights lean towards the LiDAR since a sensor failed."
     lean = lambda means: {token: lidar - camera for token, (lidar, camera) in means.items()}
     return compare(lean(after), lean(before))
+
+# %% ../nbs/lib/55_aqr_stages.ipynb #3d04bdef
+def far_apart(
+    split: Any,  # a dataset
+    count: int = 10,  # samples; fewer if there are fewer
+    size: int = 5,  # of a batch
+) -> list[dict[str, Any]]:  # batches
+    "Samples from the first to the last, at equal distances."
+    count = min(count, len(split))
+    samples = [split[0, round(k * (len(split) - 1) / max(count - 1, 1))] for k in range(count)]
+    return [split.collate(samples[k : k + size]) for k in range(0, count, size)]
+
+def leanings(
+    model: AQRCMT,  # in evaluation mode
+    batches: Sequence[dict[str, Any]],
+) -> dict[str, dict[str, tuple[float, float]]]:  # 'none', 'lidar' or 'camera' fails -> `leaning`
+    "What queries think of the sensors while they work, and when one of them fails."
+    return {failing: leaning(model, batches, None if failing == "none" else failing) for failing in ("none", "lidar", "camera")}
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #fe51f504
 def told(
