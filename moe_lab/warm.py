@@ -83,7 +83,7 @@ def warm_kernels(
         yield os.environ["MOE_LAB_KERNELS"]
         return
     context, before = multiprocessing.get_context("forkserver"), dict(os.environ)
-    with Listener(family="AF_UNIX") as listener:
+    with Listener(family="AF_UNIX", backlog=16) as listener:
         os.environ.update(environment, JUPYTER_DEFAULT_PROVISIONER_NAME="moe-lab-warm", MOE_LAB_KERNELS=listener.address)
         context.set_forkserver_preload(PRELOADED)
         ensure_running()
@@ -111,7 +111,9 @@ class WarmProcess:
 
     def poll(self) -> int | None:
         "How it ended; None while it runs."
-        if self.returncode is None and self.connection.poll(): self.returncode = self.connection.recv()
+        if self.returncode is None and self.connection.poll():
+            try: self.returncode = self.connection.recv()
+            except EOFError: self.returncode = 1  # whoever watched over it is gone, and it with them
         return self.returncode
 
     def wait(
