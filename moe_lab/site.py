@@ -250,11 +250,11 @@ div.cell_output img { max-width: 100%; }
 html[data-theme=dark] .bd-content div.cell_output img.opaque { background: #fff; border-radius: .4rem; filter: brightness(.86); }
 .bd-content div.cell_output div.highlight, .bd-content div.cell_output pre { border: 0; background: none !important; padding: .2rem .9rem;
   color: var(--pst-color-text-muted); }
-.bd-content table.table { font-size: .92rem; font-variant-numeric: tabular-nums; width: auto; margin: .8rem 0 1.2rem; border: 0; }
+.bd-content table.table { font-size: clamp(.74rem, .45rem + .35vw, .92rem); line-height: 1.35; font-variant-numeric: tabular-nums; width: auto; margin: .8rem 0 1.2rem; border: 0; }
 .bd-content table.table tr { background: none; }
 .bd-content table.table a { color: var(--pst-color-primary); }
 .bd-content table.table > :not(caption) > * > * { background: none; border: 0; border-bottom: 1px solid var(--line);
-  padding: .32rem .9rem .32rem 0; box-shadow: none; color: var(--pst-color-text-base); }
+  padding: .32rem .65rem .32rem 0; box-shadow: none; color: var(--pst-color-text-base); }
 .bd-content table.table > thead > tr > th { font-weight: 500; color: var(--pst-color-text-muted); border-bottom-width: 2px; }
 .bd-content .pst-scrollable-table-container { overflow-x: auto; }
 table.dataframe td, table.dataframe th { padding: .25rem .7rem; }
