@@ -164,13 +164,12 @@ def run_stale(
         say(f"{', '.join(first)}  {outcome(done, 0)}")
         return first
     needs, commands = pipeline_stages(target, allow_missing)
-    runs_of = functools.cache(lambda profile: load(profile=profile, only=[]).runs)
-    finished, options = [], ["--allow-missing"] if allow_missing else []
+    finished, runs_of = [], functools.cache(lambda profile: load(profile=profile, only=[]).runs)
     say(f"{len(needs)} stages have changed or wait for one that has; {cores} at a time")
 
     def work(stage: str) -> bool:
         start = time.perf_counter()
-        done = dvc_repro("--single-item", *options, stage, hear=lambda line: say(f"{stage}  {epoch}") if (epoch := epoch_of(line)) else None)
+        done = dvc_repro("--single-item", *["--allow-missing"] * allow_missing, stage, hear=lambda line: say(f"{stage}  {epoch}") if (epoch := epoch_of(line)) else None)
         finished.append(stage)
         say(f"[{len(finished):{len(str(len(needs)))}}/{len(needs)}] {stage}  {outcome(done, time.perf_counter() - start)}")
         return done.returncode == 0
