@@ -228,15 +228,24 @@ def _worth(group, weights, conf_type, allows_overflow):
     return _confidence(conf_type, count, counted, total, best, spent, present, sum(weights), max(weights))
 
 # %% ../nbs/lib/05_boxes.ipynb #0dfd16d0
+def _lone(row, count, weights, conf_type):
+    "The answer for `count` boxes of which one takes part."
+    score, weight, model, label, box, position = row
+    members = [-1] * count
+    members[position] = 0
+    return [box], [_confidence(conf_type, 1, 1, score, score, weight, weights[model], sum(weights), max(weights))], [label], members
+
+# %% ../nbs/lib/05_boxes.ipynb #4bab2104
 def _fuse_few(boxes, scores, labels, weights, iou_thr, skip_box_thr, conf_type, allows_overflow):
     "One image as lists by model: lists of fused boxes, scores, labels, and `members`."
-    rows = _rows(boxes, scores, labels, weights, skip_box_thr)
+    rows, count = _rows(boxes, scores, labels, weights, skip_box_thr), sum([len(part) for part in scores])
+    if len(rows) == 1: return _lone(rows[0], count, weights, conf_type)
     chosen, fused = _cluster_plainly([row[4] for row in rows], [max(row[0], _LEAST_MASS) for row in rows], [row[3] for row in rows], iou_thr)
     groups = [[] for _ in fused]
     for row, k in zip(rows, chosen): groups[k].append(row)
     worth = [_worth(group, weights, conf_type, allows_overflow) for group in groups]
     order = sorted(range(len(fused)), key=lambda k: -worth[k])
-    members = [-1] * sum([len(part) for part in scores])
+    members = [-1] * count
     for place, k in enumerate(order):
         for row in groups[k]: members[row[5]] = place
     return [fused[k] for k in order], [worth[k] for k in order], [groups[k][0][3] for k in order], members
@@ -425,7 +434,10 @@ _FEW = 48 # boxes in a call up to which the loop is faster
 
 def _tensors(kind):
     "Lists over images of lists over models, as tensors."
-    return [[t if isinstance(t, Tensor) else torch.as_tensor(t) for t in models] for models in kind]
+    for models in kind:
+        for t in models:
+            if type(t) is not Tensor: return [[torch.as_tensor(t) for t in models] for models in kind]
+    return kind
 
 # %% ../nbs/lib/05_boxes.ipynb #db285d62
 @functools.lru_cache
@@ -434,11 +446,23 @@ def _nothing(dtype, device):
     empty = torch.zeros(0, dtype=dtype, device=device)
     return Fused(empty.reshape(0, 4), empty, empty.long(), empty.long())
 
+def _no_box(boxes, scores, labels):
+    "Whether these are proper tensors without a single box; a glance, because many images have nothing to show."
+    models = len(boxes[0]) if boxes else 0
+    if not models or not len(boxes) == len(scores) == len(labels): return False
+    for kind in (boxes, scores, labels):
+        for image in kind:
+            if len(image) != models: return False
+            for t in image:
+                if type(t) is not Tensor or t.numel() or t.shape[0]: return False
+    return boxes[0][0].is_floating_point()
+
+# %% ../nbs/lib/05_boxes.ipynb #4104b13a
 def _fused(boxes, scores, labels, members, like):
     "One image's lists as tensors like the input."
-    kind = np.float32 if like.dtype == torch.float32 else np.float64
+    kind, ints = np.float32 if like.dtype == torch.float32 else np.float64, np.array(labels + members, np.int64)
     boxes, scores = torch.from_numpy(np.array(boxes or np.zeros((0, 4)), kind)), torch.from_numpy(np.array(scores, kind))
-    found = Fused(boxes, scores, torch.from_numpy(np.array(labels, np.int64)), torch.from_numpy(np.array(members, np.int64)))
+    found = Fused(boxes, scores, torch.from_numpy(ints[:len(labels)]), torch.from_numpy(ints[len(labels):]))
     if like.dtype in (torch.float32, torch.float64) and not like.is_cuda: return found
     return Fused(boxes.to(like), scores.to(like), *(t.to(like.device) for t in found[2:]))
 
@@ -467,6 +491,7 @@ def weighted_boxes_fusion(
     "Fuse the boxes of several models. ValueError, naming image and model, for impossible input. Source: Solovyev 2019; the same numbers as ensemble-boxes 1.0.9."
     if conf_type not in CONF_TYPES: raise ValueError(f'conf_type: unknown type {conf_type!r}{nearest(conf_type, CONF_TYPES)}')
     if not 0 <= iou_thr <= 1: raise ValueError(f'iou_thr: {iou_thr} is not in 0..1')
+    if weights is None and _no_box(boxes, scores, labels): return [_nothing(boxes[0][0].dtype, boxes[0][0].device)] * len(boxes)
     boxes, scores, labels = _tensors(boxes), _tensors(scores), _tensors(labels)
     _check_sizes(boxes, scores, labels)
     if not boxes: return []
