@@ -21,6 +21,7 @@ from .routers import Routing
 @dataclass
 class Assignment:
     "Who works on what, sorted by expert. S = N × k slots. Iterating gives (expert, rows, slots) of experts with work."
+    order: Tensor # (S,) int64, which of all N × k choices
     rows: Tensor # (S,) int64, which item; ascending within an expert
     slots: Tensor # (S,) int64, which of the item's k choices
     places: Tensor # (N, k) int64, the way back: where in the sorted order each choice of each item stands
@@ -41,7 +42,7 @@ def assign(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(chosen, minlength=num_experts).tolist()
-    return Assignment(order // top_k, order % top_k, places.view(-1, top_k), counts)
+    return Assignment(order, order // top_k, order % top_k, places.view(-1, top_k), counts)
 
 # %% ../nbs/lib/11_experts.ipynb #423cf720
 class Spread(Function):
@@ -146,47 +147,53 @@ def _with_work(counts, parameters, *arrays):
 
 # %% ../nbs/lib/11_experts.ipynb #5d87a0b9
 class GroupedFeedForward(Function):
-    "Every expert on its own rows: (S, dim) -> (S, dim), rows sorted by expert."
+    "Each item through its experts, weighed and summed: (N, dim) -> (N, dim)."
     @staticmethod
-    def forward(ctx, x, counts, activation, *parameters):
-        y, hidden = torch.empty_like(x), []
-        for _, (up, up_bias, down, down_bias), (mine, out) in _with_work(counts, parameters, x, y):
+    def forward(ctx, x, weights, work, activation, *parameters):
+        gates, kept = weights.flatten().index_select(0, work.order)[:, None], []
+        y = x.new_empty(len(gates), x.shape[1])
+        for _, (up, up_bias, down, down_bias), (rows, out) in _with_work(work.counts, parameters, work.rows, y):
+            mine = x.index_select(0, rows)
             z = torch.addmm(up_bias, mine, up.T)
             a = ACTIVATIONS[activation].cheapest(z)
             torch.addmm(down_bias, a, down.T, out=out)
-            hidden += [z, a]
-        ctx.counts, ctx.activation = counts, activation
-        ctx.save_for_backward(x, *hidden, *parameters)
-        return y
+            kept += [mine, z, a]
+        ctx.work, ctx.activation = work, activation
+        ctx.save_for_backward(gates, y, *kept, *parameters)
+        return F.embedding_bag(work.places, y * gates, mode="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        x, *saved = ctx.saved_tensors
-        hidden, parameters = iter(saved[:-4 * len(ctx.counts)]), saved[-4 * len(ctx.counts):]
-        gradient, dx, grads, most = gradient.contiguous(), torch.empty_like(x), [None] * len(parameters), max(ctx.counts)
-        buffer, ones = x.new_empty(most, parameters[0].shape[0]), x.new_ones(most)
-        for e, (up, _, down, _), (mine, dy, out) in _with_work(ctx.counts, parameters, x, gradient, dx):
-            z, a, one = next(hidden), next(hidden), ones[:len(mine)]
+        (gates, y, *saved), work = ctx.saved_tensors, ctx.work
+        kept, parameters = iter(saved), saved[-4 * len(work.counts):]
+        dx, dgates, grads, most = torch.empty_like(y), torch.empty_like(gates), [None] * len(parameters), max(work.counts)
+        buffer, ones = y.new_empty(most, parameters[0].shape[0]), y.new_ones(most)
+        for e, (up, _, down, _), (rows, gate, value, out, dgate) in _with_work(work.counts, parameters, work.rows, gates, y, dx, dgates):
+            mine, z, a, one, dy = next(kept), next(kept), next(kept), ones[:len(rows)], gradient.index_select(0, rows)
+            dgate.copy_((dy * value).sum(1, keepdim=True))
+            dy = dy.mul_(gate).to(value.dtype)
             ddown, ddown_bias = dy.T @ a, dy.T @ one
-            dz = ACTIVATIONS[ctx.activation].gradient(torch.mm(dy, down, out=buffer[:len(mine)]), z)
+            dz = ACTIVATIONS[ctx.activation].gradient(torch.mm(dy, down, out=buffer[:len(rows)]), z)
             grads[4 * e:4 * e + 4] = dz.T @ mine, dz.T @ one, ddown, ddown_bias
             torch.mm(dz, up, out=out)
-        return dx, None, None, *grads
+        return F.embedding_bag(work.places, dx.to(gradient.dtype), mode="sum").to(y.dtype), dgates.take(work.places), None, None, *grads
 
 # %% ../nbs/lib/11_experts.ipynb #9f2081f0
-def _run_together(experts, x, counts):
-    "Feed-forward experts of one form, on rows sorted by expert, by the function above."
+def _run_together(experts, x, weights, work):
+    "Feed-forward experts of one form, by the function above."
     tensors = [x, *(p for e in experts for p in (e.up.weight, e.up.bias, e.down.weight, e.down.bias))]
     if torch.is_autocast_enabled(x.device.type):
         tensors = [t.to(torch.get_autocast_dtype(x.device.type)) for t in tensors]
-    return GroupedFeedForward.apply(tensors[0], counts, experts[0].activation, *tensors[1:])
+    return GroupedFeedForward.apply(tensors[0], weights, work, experts[0].activation, *tensors[1:])
 
-def _run_one_by_one(experts, x, counts):
-    "Any experts, on items sorted by expert; those without items are only kept in the graph."
-    values = [expert(mine) for expert, mine in zip(experts, x.split(counts)) if len(mine)]
-    idle = [expert for expert, count in zip(experts, counts) if not count]
-    return keep_in_graph(torch.cat(values) if values else x, idle)
+def _run_one_by_one(experts, x, weights, work):
+    "Any experts: spread, run, weigh, collect. Those without items are only kept in the graph."
+    spread = Spread.apply(x, work.rows, work.places)
+    values = [expert(mine) for expert, mine in zip(experts, spread.split(work.counts)) if len(mine)]
+    idle = [expert for expert, count in zip(experts, work.counts) if not count]
+    values = keep_in_graph(torch.cat(values) if values else spread, idle)
+    return Collect.apply(values * weights[work.rows, work.slots].view(-1, *[1] * (values.ndim - 1)), work.rows, work.places)
 
 # %% ../nbs/lib/11_experts.ipynb #7fb0d770
 def _is_plain(expert):
@@ -201,13 +208,11 @@ def _alike(experts):
 # %% ../nbs/lib/11_experts.ipynb #7f4898d2
 @torch.compiler.disable
 def _dispatch(experts, x, indices, weights):
-    "Sort, spread, run, weigh, collect: the result, and the items of each expert."
+    "Sort, run, weigh, collect: the result, and the items of each expert."
     leading = indices.shape[:-1]
     items, work = x.reshape(-1, *x.shape[len(leading):]), assign(indices, len(experts))
     run = _run_together if items.ndim == 2 and _alike(experts) else _run_one_by_one
-    values = run(experts, Spread.apply(items, work.rows, work.places), work.counts)
-    scale = weights.flatten(0, -2)[work.rows, work.slots].view(-1, *[1] * (values.ndim - 1))
-    return Collect.apply(values * scale, work.rows, work.places).to(x.dtype).unflatten(0, leading), work.counts
+    return run(experts, items, weights.flatten(0, -2), work).to(x.dtype).unflatten(0, leading), work.counts
 
 # %% ../nbs/lib/11_experts.ipynb #ce27c98c
 class MoELayer(nn.Module):

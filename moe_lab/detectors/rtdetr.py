@@ -68,7 +68,6 @@ class RTDETRParams(NetworkParams):
     encoder_weight: float = Field(1.0, ge=0, description="weight of the loss of the encoder's proposals")
     dense_weight: float = Field(0.0, ge=0, description="weight of a dense loss on all encoder tokens; 0 = none")
     select_weight: float = Field(0.0, ge=0, description="weight of a one-to-one class loss on all encoder tokens, not only on the proposals; 0 = none")
-    select_weight: float = Field(0.0, ge=0, description="weight of a one-to-one class loss on all encoder tokens, not only on the proposals; 0 = none")
     dense_candidates: int = Field(10, ge=1, description="most tokens that an object gets in the dense loss")
     ignore_overlap: float = Field(0.5, ge=0, le=1, description="share of its box inside an ignore region from which an unmatched query is not background")
     suppress: bool = Field(False, description="suppress overlapping detections of a class (evaluate.nms_iou), as long as training was too short to learn it")
