@@ -13,11 +13,8 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Iterator
 
-import nbformat
-
-from .data.readers import READERS
 from .detectors import REGISTRY
 from .judges import JUDGES
 from .params import Params, UserError, load
@@ -44,10 +41,17 @@ def _import_targets(node: ast.AST, package: list[str]) -> list[str]:
     return [stem] + [f"{stem}.{alias.name}" for alias in node.names]
 
 # %% ../nbs/lib/61_closure.ipynb #bebf3767
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    "Every statement below a node. Expressions, nine nodes of ten, are passed over: they cannot import."
+    for part in ast.iter_child_nodes(tree):
+        if not isinstance(part, (ast.expr, ast.expr_context, ast.arguments)):
+            yield part
+            yield from _statements(part)
+
 @functools.lru_cache(maxsize=None)
 def _all_targets(code: str, name: str) -> frozenset[str]:
     "What a piece of code may import; a module is asked for once for each stage that reaches it."
-    return frozenset(t for node in ast.walk(ast.parse(code)) for t in _import_targets(node, name.split(".")))
+    return frozenset(t for node in _statements(ast.parse(code)) for t in _import_targets(node, name.split(".")))
 
 def imported_modules(
     code: str,  # Python source
@@ -77,11 +81,18 @@ def notebook_imports(
     modules: dict[str, Path],  # all modules of the package
 ) -> set[str]:  # modules that its cells import
     "Modules of the package that a notebook's code cells import."
-    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+    cells = ["".join(c["source"]) for c in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     lines = [line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!"))]
     return imported_modules("\n".join(lines), "", modules)
 
 # %% ../nbs/lib/61_closure.ipynb #bd97b3a8
+def _readers(
+    modules: dict[str, Path],  # all modules of the package
+) -> dict[str, str]:  # dataset -> 'module:class'
+    "The table `data.readers.READERS`, read rather than imported: importing it takes all of PyTorch, a second and more."
+    lines = ast.parse(modules["moe_lab.data.readers"].read_text(encoding="utf-8")).body
+    return next(ast.literal_eval(line.value) for line in lines if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "READERS")
+
 def stage_closures(
     root: Path = Path("."),  # the checkout
 ) -> dict[str, list[str]]:  # 'train/<detector>', 'data/<dataset>', 'analysis/<notebook>', 'tour' -> module names
@@ -89,7 +100,7 @@ def stage_closures(
     modules = package_modules(root)
     trainer = notebook_imports(Path(root) / "nbs/pipeline/train.ipynb", modules)
     stages = {f"train/{name}": closure(trainer | {target.split(":")[0]}, modules) for name, target in REGISTRY.items()}
-    stages |= {f"data/{name}": closure({target.split(":")[0], JUDGES[name].split(":")[0]}, modules) for name, target in READERS.items()}
+    stages |= {f"data/{name}": closure({target.split(":")[0], JUDGES[name].split(":")[0]}, modules) for name, target in _readers(modules).items()}
     readers = {f"analysis/{notebook.stem}": notebook for notebook in sorted((Path(root) / "nbs/analysis").glob("*.ipynb"))}
     readers["tour"] = Path(root) / "nbs/00_tour.ipynb"
     return stages | {stage: closure(notebook_imports(notebook, modules), modules) for stage, notebook in readers.items()}
