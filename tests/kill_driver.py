@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 - what the first optimizer would import, in every child anew
 import toy
 
 import moe_lab.checkpoint
@@ -86,4 +87,4 @@ if __name__ == "__main__":
     for number, (name, trap) in enumerate(SCENARIOS.items()):
         folder = base / f"{number}"
         print(json.dumps([name, str(folder), [ended(child(world, folder, trap)), ended(child(world, folder))]]), flush=True)
-    print(json.dumps(["killed from outside again and again", str(base / "outside"), random_kills(world, base / "outside", 0.17)]), flush=True)
+    print(json.dumps(["killed from outside again and again", str(base / "outside"), random_kills(world, base / "outside", 0.05)]), flush=True)
