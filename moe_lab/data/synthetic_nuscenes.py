@@ -6,9 +6,9 @@
 __all__ = ['CAMERAS', 'SENSORS', 'LIDAR_AT', 'LIDAR_YAW', 'FRAMES', 'PERIOD', 'EPOCH', 'MARGIN', 'ATTRIBUTES', 'TABLES',
            'QUALITY', 'NEAR', 'ENOUGH', 'CATEGORIES', 'SPLITS', 'VERSION', 'MAP', 'PREFIX', 'about_z', 'times',
            'rotate', 'focal_length', 'mounting', 'calibration', 'rounded', 'camera_of', 'key_time', 'sweep_time',
-           'stamp', 'anchor', 'to_map', 'ego_pose', 'box_of', 'count_inside', 'scan_from', 'attribute', 'visibility',
-           'token', 'linked', 'data_row', 'take_picture', 'record_frame', 'annotate_frame', 'tracks', 'scene_rows',
-           'record_scene', 'place_of', 'fixed_rows', 'draw_map', 'make_nuscenes']
+           'stamp', 'anchor', 'to_map', 'ego_pose', 'box_of', 'in_the_world', 'count_inside', 'scan_from', 'attribute',
+           'visibility', 'token', 'linked', 'data_row', 'take_picture', 'record_frame', 'annotate_frame', 'tracks',
+           'scene_rows', 'record_scene', 'place_of', 'fixed_rows', 'draw_map', 'make_nuscenes']
 
 # %% ../../nbs/lib/29_synthetic_nuscenes.ipynb #9dbf3b69
 import math
@@ -171,14 +171,21 @@ def box_of(
     return dict(translation=rounded(place, 3), size=rounded(size, 3), rotation=rounded(about_z(thing.yaw + anchor(number)[2]), 6))
 
 # %% ../../nbs/lib/29_synthetic_nuscenes.ipynb #ff511384
-def count_inside(
+def in_the_world(
     points: np.ndarray, # (n, 3) scanner's frame, metres
-    box: dict, # see `box_of`
     pose: dict, # see `ego_pose`
     mount: dict, # the scanner's calibration
+) -> np.ndarray: # (n, 3) global, metres
+    "Scanner to global coordinates"
+    for frame in (mount, pose): points = rotate(frame['rotation'], points) + np.array(frame['translation'])
+    return points
+
+
+def count_inside(
+    points: np.ndarray, # (n, 3) global, metres
+    box: dict, # see `box_of`
 ) -> int:
     "How many points lie in a box"
-    for frame in (mount, pose): points = rotate(frame['rotation'], points) + np.array(frame['translation'])
     away = np.abs(rotate(box['rotation'], points - np.array(box['translation']), back=True))
     width, length, height = box['size']
     return int(((away[:, 0] <= length / 2) & (away[:, 1] <= width / 2) & (away[:, 2] <= height / 2)).sum())
@@ -304,14 +311,14 @@ def annotate_frame(
 ) -> list: # for each thing None or a row of sample_annotation, without links; and whether there is evidence of it
     "What is to be said of each thing in one key frame"
     scene, ego = drive.at(key_time(frame))
-    out, mount, xyz = [], calibration('LIDAR_TOP', 0, 1, 1), points[:, :3].astype(float)
+    out, xyz = [], in_the_world(points[:, :3].astype(float), pose, calibration('LIDAR_TOP', 0, 1, 1))
     for i, (thing, (seen, whole)) in enumerate(zip(scene.things, pixels[1:].tolist())):
         dx, dy, kind = thing.centre[0] - ego.centre[0], thing.centre[1] - ego.centre[1], attribute(thing, scene.road.half)
         if dx * dx + dy * dy > NEAR * NEAR:
             out.append(None)
             continue
         box = box_of(number, thing)
-        count = count_inside(xyz, box, pose, mount)
+        count = count_inside(xyz, box)
         row = dict(token=token('sample_annotation', number, i, frame), sample_token=token('sample', number, frame), instance_token=token('instance', number, i),
                    attribute_tokens=[token('attribute', 0, ATTRIBUTES.index(kind))] if kind else [], visibility_token=visibility(seen, whole),
                    num_lidar_pts=count, num_radar_pts=0, **box)
