@@ -110,6 +110,12 @@ class Checkout:
             del params["profiles"][profile]
         yaml.dump(params, path)
 
+    def keep_worlds(self, *names: str) -> None:
+        "Drop the samples that no run reads: what they would add is time, whenever a fresh folder imports its data."
+        for folder in (self.path / "samples").iterdir():
+            if folder.name not in names:
+                shutil.rmtree(folder)
+
     def commit(self) -> None:
         "Commit all that changed."
         self.call("git", "add", "-A")
