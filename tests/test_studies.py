@@ -27,6 +27,7 @@ def study(here: Checkout, ok: bool = True):
 @pytest.fixture(scope="module")
 def studied(checkout):
     "A study of one run with one seed, of seconds."
+    checkout.keep_worlds("coco")
     lists = dict.fromkeys(read("studies/params.yaml"), []) | dict(seeds=[0], from_scratch=["yolov7_tiny"])
     (checkout.path / "studies/params.yaml").write_text("".join(f"{name}: {json.dumps(values)}\n" for name, values in lists.items()))
     checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
