@@ -11,22 +11,17 @@ export GOMP_SPINCOUNT := 1000
 export PYTHONDONTWRITEBYTECODE :=
 
 # Tests: memory that was freed stays with the process, up to 256 MB of it, instead of being asked for and cleared again at each step.
-notebooks checks: export MALLOC_TRIM_THRESHOLD_ := 268435456
-notebooks checks: export MALLOC_MMAP_THRESHOLD_ := 33554432
+test: export MALLOC_TRIM_THRESHOLD_ := 268435456
+test: export MALLOC_MMAP_THRESHOLD_ := 33554432
 
-.PHONY: repro test notebooks checks study setup sync bench clock clean
+.PHONY: repro test study setup sync bench clock clean
 
 repro: setup
 	moe-lab repro
 	@moe-lab done
 
-test: setup sync                         # notebooks and pytest beside each other: either waits now and then
-	@$(MAKE) --no-print-directory -j 2 notebooks checks
-
-notebooks:
+test: setup sync
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
-
-checks:
 	pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 sync: setup
