@@ -169,9 +169,9 @@ def stage_statistics(
     sigma: float, # cells
 ) -> dict[str, float]: # aqr/<sensor>/<what>
     "003's numbers at every stage. Source: 003, spec/5."
-    norm, changed = before.norm().clamp(min=1e-12), (after - before).norm()
+    norm, left, changed, mean = before.norm().clamp(min=1e-12), after.norm(), (after - before).norm(), after.mean()
     stages = dict(weight_mean=weights.mean(), weight_std=weights.std(correction=0), map_mean=weight_map.mean(), map_max=weight_map.max(),
-                  map_share=weight_map.mean() / weights.mean(), feature_mean=after.mean(), feature_std=after.std(correction=0),
-                  energy=(after.norm() / norm) ** 2, relative_change=changed / norm)
+                  map_share=weight_map.mean() / weights.mean(), feature_mean=mean, feature_std=(left**2 / after.numel() - mean**2).clamp(min=0).sqrt(),
+                  energy=(left / norm) ** 2, relative_change=changed / norm)
     numbers = torch.stack([value.float() for value in stages.values()]).tolist()
     return {f"aqr/{sensor}/{name}": value for name, value in [*zip(stages, numbers), ("coverage", coverage(painted, sigma, weight_map.numel()))]}

@@ -38,25 +38,26 @@ def view_places(
 
 # %% ../nbs/lib/13_aqr_render.ipynb #f02e4e8c
 def splat(
-    values: Tensor, # (P,) height of each Gaussian
+    values: Tensor, # (..., P) height of each Gaussian; several pictures of the same Gaussians cost little more than one
     places: Tensor, # (P, 2) x, y in cells
     sigma: Tensor, # standard deviation in cells: one number, or (P,)
     owner: Tensor, # (P,) int64: which map
     maps: int, # number of maps M
     shape: tuple[int, int], # H, W
     radius: int, # window: so many cells to each side of a place's own
-) -> Tensor: # (M, H, W)
+) -> Tensor: # (..., M, H, W)
     "Sum of Gaussians with peak `values`, each within its window. Differentiable in values, places and sigma."
     taps, last = torch.arange(2 * radius + 1, device=places.device), torch.tensor(shape[::-1], device=places.device) - 1
     height, width = shape[0] + 2 * radius, shape[1] + 2 * radius
     cells = places.detach().floor().long().clamp(min=0).minimum(last)
     distance = (cells - places)[..., None] + (taps + 0.5 - radius)
     bells = (distance.square() * (-0.5 / sigma.square()).view(-1, 1, 1)).exp()
-    patches = (bells[:, 1] * values[:, None])[:, :, None] * bells[:, :1]
+    patches = (bells[:, 1] * values[..., None])[..., None] * bells[:, :1]
     x, y = cells.unbind(-1)
-    index = ((owner * height + y) * width + x)[:, None] + (taps[:, None] * width + taps).view(-1)
-    canvas = values.new_zeros(maps * height * width).scatter_add(0, index.view(-1), patches.view(-1))
-    return canvas.view(maps, height, width)[:, radius : radius + shape[0], radius : radius + shape[1]]
+    index = (((owner * height + y) * width + x)[:, None] + (taps[:, None] * width + taps).view(-1)).view(-1)
+    patches = patches.reshape(*values.shape[:-1], -1)
+    canvas = values.new_zeros(*values.shape[:-1], maps * height * width).scatter_add(-1, index.expand_as(patches), patches)
+    return canvas.unflatten(-1, (maps, height, width))[..., radius : radius + shape[0], radius : radius + shape[1]]
 
 # %% ../nbs/lib/13_aqr_render.ipynb #86e7ee71
 Combine = Literal["sum", "blend"]
@@ -133,7 +134,7 @@ def listed(
 
 # %% ../nbs/lib/13_aqr_render.ipynb #3a33fcff
 @patch
-def paint(self: GaussianRenderer, values, places, sigma, owner, maps, shape) -> Tensor: # (M, H, W)
+def paint(self: GaussianRenderer, values, places, sigma, owner, maps, shape) -> Tensor: # (..., M, H, W)
     "`splat`, with peak or sum 1."
     if self.kernel == "mass": values = values / (2 * math.pi * sigma.square())
     return splat(values, places, sigma, owner, maps, shape, self.radius)
@@ -155,6 +156,6 @@ def forward(
     values = weights.to(precise).flatten().index_select(0, query)
     where = places.to(precise).reshape(-1, 2).index_select(0, pair)
     rest = (where, sigma.to(precise), owner, places.shape[0] * places.shape[1], shape)
-    painted = self.paint(values, *rest)
-    if self.combine == "blend": painted = combine(painted, self.paint(torch.ones_like(values), *rest), self.background, self.faint)
+    if self.combine == "sum": painted = self.paint(values, *rest)
+    else: painted = combine(*self.paint(torch.stack([values, torch.ones_like(values)]), *rest), self.background, self.faint)
     return postprocess(painted.view(*places.shape[:2], *shape), self.postprocess, self.max_weight_clamp)

@@ -56,9 +56,13 @@ def _scores(query, tokens, bias, index, inside) -> tuple[Tensor, Tensor]: # (p, 
     gathered = F.embedding(index, tokens)
     return gathered, (torch.bmm(query, gathered.mT) + bias).masked_fill_(~inside[:, None], -torch.inf)
 
-def _gradients(query, gathered, scores, at_result, shift) -> tuple[Tensor, Tensor, Tensor]: # (p, h, C), (p, K, C), (h, K)
+def _shares(*args) -> tuple[Tensor, Tensor]: # (p, K, C) and (p, h, K)
+    "Gathered tokens, and what each counts."
+    gathered, scores = _scores(*args)
+    return gathered, scores.softmax(-1)
+
+def _gradients(query, gathered, share, at_result, shift) -> tuple[Tensor, Tensor, Tensor]: # (p, h, C), (p, K, C), (h, K)
     "Of a portion's queries, gathered tokens and bias."
-    share = scores.softmax(-1)
     at_scores = share * (torch.bmm(at_result, gathered.mT) + shift[..., None])
     at_gathered = torch.bmm(torch.cat([share, at_scores], 1).mT, torch.cat([at_result, query], 1))
     return torch.bmm(at_scores, gathered), at_gathered, at_scores.sum(0)
@@ -69,22 +73,23 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, tokens, bias, index, inside):
-        result, total = torch.empty_like(query), query.new_empty(query.shape[:2])
-        for part in _portions(index, tokens.shape[1]):
+        result, total, parts, kept = torch.empty_like(query), query.new_empty(query.shape[:2]), _portions(index, tokens.shape[1]), ()
+        for part in parts:
             gathered, scores = _scores(query[part], tokens, bias, index[part], inside[part])
             share = scores.softmax(-1)
             result[part], total[part] = torch.bmm(share, gathered), scores.amax(-1) - share.amax(-1).log()
-        ctx.save_for_backward(query, tokens, bias, index, inside, result)
+        if len(parts) == 1: kept = gathered, share
+        ctx.save_for_backward(query, tokens, bias, index, inside, result, *kept)
         return result, total
 
     @staticmethod
     def backward(ctx, at_result, at_total):
-        query, tokens, bias, index, inside, result = ctx.saved_tensors
+        query, tokens, bias, index, inside, result, *kept = ctx.saved_tensors
         at_query, at_tokens, at_bias = torch.empty_like(query), torch.zeros_like(tokens), torch.zeros_like(bias)
         shift = at_total - (at_result * result).sum(-1)
         for part in _portions(index, tokens.shape[1]):
-            gathered, scores = _scores(query[part], tokens, bias, index[part], inside[part])
-            at_query[part], at_gathered, here = _gradients(query[part], gathered, scores, at_result[part], shift[part])
+            gathered, share = kept or _shares(query[part], tokens, bias, index[part], inside[part])
+            at_query[part], at_gathered, here = _gradients(query[part], gathered, share, at_result[part], shift[part])
             at_tokens.index_add_(0, index[part].flatten(), at_gathered.flatten(0, 1))
             at_bias += here
         return at_query, at_tokens, at_bias, None, None

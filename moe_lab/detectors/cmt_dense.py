@@ -66,7 +66,7 @@ class DenseOutput(NamedTuple):
     "What tokens say about their own places."
     heat: Tensor # (B, classes, H, W) logits
     codes: Tensor # (B, 10, H, W): x, y in cells of the map
-    views: Tensor # (B * N, classes + 1, h, w): logits, and the logarithm of depth
+    views: Tensor | None # (B * N, classes + 1, h, w): logits, and the logarithm of depth
 
 class DenseHeads(nn.Module):
     "Heatmap and boxes on the BEV map; heatmap and depth on the camera maps."
@@ -83,12 +83,12 @@ class DenseHeads(nn.Module):
     def forward(
         self,
         bev: Tensor, # (B, C, H, W)
-        views: Tensor # (B, N, C, h, w)
+        views: Tensor | None = None # (B, N, C, h, w); only the loss needs what they say
     ) -> DenseOutput:
         heat, codes = self.bev(bev).split([self.num_classes, CODE_SIZE], 1)
         rows, columns = (torch.arange(n, device=bev.device) + 0.5 for n in bev.shape[2:])
         place = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
-        return DenseOutput(heat, codes + F.pad(place, (0, 0, 0, 0, 0, CODE_SIZE - 2)), self.views(views.flatten(0, 1)))
+        return DenseOutput(heat, codes + F.pad(place, (0, 0, 0, 0, 0, CODE_SIZE - 2)), None if views is None else self.views(views.flatten(0, 1)))
 
 # %% ../../nbs/lib/34_cmt_dense.ipynb #a22de023
 def dense_bill(
