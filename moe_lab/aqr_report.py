@@ -203,7 +203,7 @@ def trust(
 def iteration_ratios(
     bench: Mapping[str, Any] | None,  # a record of measurements
 ) -> dict[str, float]:  # way -> time relative to the iteration of a plain CMT; empty if that was not measured
-    "How long training iterations take, compared with one without AQR."
+    "How long training iterations take, compared with one without AQR, in the first comparison that was made: the one with the threads of the runs."
     rows = [row for row in (bench or {}).get("measurements", []) if "iteration" in row["what"] or "training step" in row["what"]]
-    plain = next((row["ratio"] for row in rows if "aqr" not in row["how"].lower()), None)
-    return {row["how"]: row["ratio"] / plain for row in rows} if plain else {}
+    plain = next((row for row in rows if "aqr" not in row["how"].lower()), None)
+    return {row["how"]: row["ratio"] / plain["ratio"] for row in rows if row["what"] == plain["what"]} if plain else {}

@@ -327,14 +327,14 @@ def plot_frontier(
     for (group, points), colour in zip(groups.items(), PALETTE):
         for name, (ms, score) in points.items():
             axes.errorbar(ms, score, yerr=errors.get(name), color=colour, marker="o", capsize=2, linestyle="", label=group if name == next(iter(points)) else None)
-            top = score + errors.get(name, 0)
-            axes.annotate(name, (ms, top), textcoords="offset points", xytext=(2, 3), rotation=55, rotation_mode="anchor", fontsize=8, color=colour)
+    named = sorted((ms, score + errors.get(name, 0), name, colour) for points, colour in zip(groups.values(), PALETTE) for name, (ms, score) in points.items())
+    for k, (ms, top, name, colour) in enumerate(named): # names stand side by side above, however close the points are
+        axes.annotate(name, (ms, top), ((k + 0.3) / len(named), 1.03), textcoords="axes fraction", rotation=40, rotation_mode="anchor", fontsize=8, color=colour,
+                      arrowprops=dict(arrowstyle="-", linewidth=0.5, color=colour, relpos=(0, 0), shrinkA=0, shrinkB=2))
     plain = next(iter(groups.values()), {})
     edge = [plain[name] for name in frontier(plain)]
     axes.plot(*zip(*edge), color=PALETTE[0], linewidth=1) if edge else None
     axes.set(xlabel="milliseconds an image", ylabel=metric, xscale="log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.4 * (high - low))  # room for names
     axes.xaxis.set_major_formatter("{x:g}"), axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="minor", labelsize=8)
 
