@@ -147,10 +147,10 @@ def first_sentences(
     text: str,  # Markdown
     limit: int = 220,  # characters
 ) -> str:  # whole sentences, at least one
-    "The beginning of the first paragraph, cut after a sentence."
+    "The beginning of the first paragraph, cut after a sentence, but not within bold words."
     paragraph, kept = " ".join(text.strip().split("\n\n")[0].split()), ""
     for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z*])", paragraph):
-        if kept and len(kept) + len(sentence) > limit: break
+        if kept and kept.count("**") % 2 == 0 and len(kept) + len(sentence) > limit: break
         kept = f"{kept} {sentence}".strip()
     return kept
 
