@@ -149,7 +149,7 @@ def first_sentences(
 ) -> str:  # whole sentences, at least one
     "The beginning of the first paragraph, cut after a sentence, but not within bold words."
     paragraph, kept = " ".join(text.strip().split("\n\n")[0].split()), ""
-    for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z*])", paragraph):
+    for sentence in re.split(r"(?:(?<=[.!?])|(?<=[.!?]\*\*))\s+(?=[A-Z*])", paragraph):
         if kept and kept.count("**") % 2 == 0 and len(kept) + len(sentence) > limit: break
         kept = f"{kept} {sentence}".strip()
     return kept
