@@ -207,13 +207,13 @@ def make_up(folder, gain, experts=0, top_k=4, weight=1.0):
 
 
 def report_on(tmp_path, runs):
-    "The text of the report."
+    "The text of the report, with plain spaces between numbers and their units."
     own = dict(detector="cbdes", dataset="nuscenes", init_from="scratch", data=dict(root="data/nuscenes", image_size=[96, 192]), train=dict(epochs=3, batch_size=2, lr=0.001))
     YAML().dump(dict(profile="tiny", threads=1, runs={name: own for name in runs}, profiles=dict(tiny={}, study={})), tmp_path / "params.yaml")
     where = dict(runs="runs", studies="studies", params_file="params.yaml", data="nothing")
     place = dict(claims=str(ROOT / "claims/cbdes.yaml"), published=str(ROOT / "claims/published"))
     done = papermill.execute_notebook(ROOT / "nbs/analysis/cbdes.ipynb", tmp_path / "out.ipynb", {k: str(tmp_path / v) for k, v in where.items()} | place, progress_bar=False)
-    return "\n".join(output["data"]["text/markdown"] for cell in done.cells for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {}))
+    return "\n".join(output["data"]["text/markdown"] for cell in done.cells for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})).replace("\u00a0", " ")
 
 
 def test_report_with_what_one_seed_left_behind(tmp_path):
