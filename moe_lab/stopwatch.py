@@ -30,7 +30,7 @@ class Stopwatch:
 
     def __init__(
         self,
-        repeats: int, # turns of each comparison
+        repeats: int, # turns of each comparison; 1 for a trial that only shows that all calls work: no warm-up, no `more`
     ):
         self.repeats, self.records = repeats, []
 
@@ -41,8 +41,10 @@ class Stopwatch:
         more: int = 1 # this many times the usual turns, for calls so short that any busy moment shows
     ) -> pd.DataFrame: # median and fastest in ms; speed_up = first / median; ratio = median over turns of time / the first's time in the same turn
         "Time the candidates in turns, after one call of each to warm up."
-        for call in candidates.values(): call()
-        turns = pd.DataFrame([{name: clock(call) for name, call in candidates.items()} for _ in range(more * self.repeats)])
+        trial = self.repeats == 1
+        if not trial:
+            for call in candidates.values(): call()
+        turns = pd.DataFrame([{name: clock(call) for name, call in candidates.items()} for _ in range(1 if trial else more * self.repeats)])
         first, median, ratio = turns.iloc[:, 0], turns.median(), turns.div(turns.iloc[:, 0], axis=0).median()
         rows = [dict(what=what, how=name, median_ms=round(median[name], 2), fastest_ms=round(turns[name].min(), 2),
                      speed_up=round(first.median() / median[name], 2), ratio=round(ratio[name], 3)) for name in candidates]
