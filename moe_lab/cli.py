@@ -229,7 +229,7 @@ def verify(
         table.add_row(r.run, f"[{'green' if r.ok else 'red'}]{r.verdict}[/]", r.detail)
     console.print(table)
     if any(r.verdict == "within tolerance" for r in results):
-        console.print(f"within tolerance: git's results come from another kind of machine, whose rounding acts like another seed; no headline number differs by more than {tolerance:g}", highlight=False)
+        console.print(f"within tolerance: git's results come from another kind of machine, whose rounding acts like another seed; these runs' headline numbers differ by at most {tolerance:g}", highlight=False)
     raise typer.Exit(0 if all(r.ok for r in results) else 1)
 
 # %% ../nbs/lib/69_cli.ipynb #9477af91
