@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_lab import params
 from moe_lab.aqr_health import ALARMS, HEALTHY, PHASES, aqr_findings
 from moe_lab.aqr_modulate import AttentionBias, FeatureModulator, coverage, expected_mean, gain, spare_small, stage_statistics
 from moe_lab.aqr_render import GaussianRenderer, splat, view_places
 from moe_lab.aqr_weights import LocalAttention, MLPWeightGenerator, SensorMaps, WeightGenerator, window_attention
+from moe_lab.detectors.aqr_cmt import AQRCMTParams
+from moe_lab.detectors.cmt import CMTParams
 from moe_lab.diagnose import out_of_band
 
 COMBINE, POSTPROCESS = ("sum", "blend"), ("global_max", "per_view_max", "clamp", "none")
@@ -22,6 +26,16 @@ def seeded(one_thread, deterministic):
 
 def queries_on(shape, maps=2, queries=6, batch=2):
     return torch.rand(batch, queries), torch.rand(batch, maps, queries, 2) * torch.tensor(shape[::-1]), torch.rand(batch, maps, queries) < 0.6
+
+
+def test_published_configurations():
+    runs = params.load(ROOT / "params.yaml", "paper", only=[]).runs
+    own = {name: {key: value for key, value in run.model.items() if key not in CMTParams.model_fields} for name, run in runs.items() if run.detector == "aqr_cmt"}
+    said = {name: AQRCMTParams(**fields) for name, fields in own.items()}
+    assert said["aqr_fixed"] == AQRCMTParams()
+    assert said["aqr_lidar_only"] == AQRCMTParams(modulate_camera=False)
+    assert [(said[name].max_weight_clamp, said[name].residual_weight) for name in ("aqr_aggressive", "aqr_conservative")] == [(2.5, .6), (1.3, .85)]
+    assert (said["aqr_collapsed"].postprocess, said["aqr_collapsed"].sigma, said["aqr_collapsed"].residual_weight) == ("global_max", 2, .5)
 
 
 def naive(renderer, weights, places, shape, visible, paints=None):

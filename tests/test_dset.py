@@ -303,6 +303,7 @@ def test_published_configurations():
     with torch.device("meta"):
         sizes = {name: DSET(8, **paper.run(run).model) for name, run in runs.items()}
         base = {name: RTDETR(8, **paper.run(run).model) for name, run in bases.items()}
+    assert {name: model.params.keep for name, model in sizes.items()} == dict(dset_r18=.6, dset_r50=.7)
     count = lambda model: sum(p.numel() for p in model.parameters())
     ffn, scorer = 2 * 256 * 1024 + 1024 + 256, 256 * 128 + 128 + 128 + 1
     assert count(sizes["dset_r18"]) - count(base["dset_r18"]) == (ffn + 2 * 257) + 3 * (2 * ffn + 3 * 257) + scorer
