@@ -90,7 +90,7 @@ def pipeline_stages(
     from dvc.repo import Repo
     with Repo() as repo:
         status: dict[str, Any] = repo.status(targets=[target], with_deps=True)
-        graph, runs = repo.index.graph, set(load(only=[]).runs)
+        graph, runs = repo.index.graph, {"scratch", *load(only=[]).runs}
         asked = [stage for stage in graph if stage.path_in_repo == target]
         used = set(asked).union(*(nx.descendants(graph, stage) for stage in asked))
         needs = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in graph if stage in used}
