@@ -88,6 +88,7 @@ class DataParams(Strict):
     workers: int = Field(0, ge=0, description="loader processes; results do not depend on it")
     cache: bool = Field(True, description="keep decoded images in memory")
     multi_scale: tuple[float, ...] = Field((), strict=False, description="factors on image_size, one of which is drawn for each training step; empty = always 1")
+    classes: tuple[str, ...] = Field((), strict=False, description="DAIR-V2X: classes to detect, in the order of their labels, the others ignored; empty = all")
     augment: AugmentParams = AugmentParams()
     scene: SceneParams | None = Field(None, description="for datasets with LiDAR")
 

@@ -310,6 +310,18 @@ def test_published_configurations():
     assert count(sizes["dset_r50"]) - count(base["dset_r50"]) == (3 * ffn + 4 * 257) + 6 * (5 * ffn + 6 * 257) + scorer
 
 
+@pytest.mark.parametrize("profile", ["tiny", "study", "paper"])
+def test_ablations_differ_in_what_they_ablate(profile):
+    runs = params.load(ROOT / "params.yaml", profile).runs
+    whole, experts = runs["dset"], {"encoder_experts", "encoder_top_k", "decoder_experts", "decoder_top_k"}
+    changed = lambda name: {key for key, value in runs[name].model.items() if value != whole.model[key]}
+    assert changed("dset_prune_only") == {"encoder_experts", "decoder_experts"}
+    assert changed("dset_moe_only") == {"keep"} and changed("dset_zero_restore") == {"restore"}
+    assert changed("moe_rtdetr") <= experts | {"keep", "prune_warmup"}
+    for name in ("dset_prune_only", "dset_moe_only", "dset_zero_restore", "moe_rtdetr", "rtdetr_more"):
+        assert runs[name].train == whole.train and runs[name].data == whole.data, name
+
+
 def test_wrong_parameters_are_explained():
     for wrong, says in ((dict(memory_keep=[.5]), "one for each of the 3 strides"), (dict(fast=True, sampling="discrete"), "set sampling to default"),
                         (dict(encoder_experts=1), "only 1 experts"), (dict(memory_keep=[0, 1, 1]), "above 0")):

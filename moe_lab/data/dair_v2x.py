@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .reader import DetectionDataset, Index, box_notes, column, mend_boxes, parse_json
-from ..params import AugmentParams, UserError, nearest
+from ..params import AugmentParams, DataParams, UserError, nearest
 
 # %% ../../nbs/lib/23_data_dair_v2x.ipynb #2fb1e525
 SIDES = ("single-infrastructure-side", "single-vehicle-side", "infrastructure-side", "vehicle-side")
@@ -361,6 +361,11 @@ class DairV2X(DetectionDataset):
         super().__init__(read_index(pictures, classes), pictures.side, image_size, augment, seed, limit, cache, mosaic_until)
 
     has_split = staticmethod(has_split)
+
+    @staticmethod
+    def own_settings(data: DataParams, split: str) -> dict:
+        "The classes that a run asks for."
+        return dict(classes=data.classes) if data.classes else {}
 
 # %% ../../nbs/lib/23_data_dair_v2x.ipynb #526ad4c4
 @patch(as_prop=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from ..params import RunParams, registered
+from ..params import RunParams, UserError, registered
 
 # %% ../../nbs/lib/24_data_readers.ipynb #6bc672ac
 READERS = {
@@ -32,7 +32,10 @@ def open_split(
     split: str,  # 'train', 'val' or 'test'
     settings: RunParams,  # of a run
 ) -> Dataset:
-    "One split of a run's dataset, as the run's parameters ask for it."
+    "One split of a run's dataset, as the run's parameters ask for it. `UserError` for a choice of classes where there is none."
     reader, data, learn = reader_class(settings.dataset), settings.data, settings.train
+    own = reader.own_settings(data, split)
+    if data.classes and "classes" not in own:
+        raise UserError(f"data.classes: {', '.join(data.classes)}: the classes of {settings.dataset} cannot be chosen; leave it out")
     changes = dict(augment=data.augment, seed=settings.seed, mosaic_until=learn.epochs - learn.mosaic_off_epochs) if split == "train" else {}
-    return reader(root, split, image_size=data.image_size, limit=data.limit, cache=data.cache, **changes, **reader.own_settings(data, split))
+    return reader(root, split, image_size=data.image_size, limit=data.limit, cache=data.cache, **changes, **own)
