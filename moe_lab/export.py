@@ -50,8 +50,6 @@ def exportable(
     if mixtures and not dense_experts:
         raise UserError(f"{type(detector).__name__}: an ONNX graph cannot leave out experts that an image does not need, and this one has {len(mixtures)} mixtures; "
                         "export with dense_experts=True, on the command line --dense-experts (same numbers, all experts run), or a run without mixtures")
-    if getattr(detector.params, "skip_rows", False):
-        raise UserError(f"{type(detector).__name__}: an ONNX graph has one image size, and skip_rows makes it depend on the image; export with skip_rows: false (the same weights, all rows)")
     for mixture in mixtures: mixture.__class__ = DenseMixture
     return ScoresAndBoxes(detector).eval()
 

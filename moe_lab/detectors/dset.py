@@ -37,7 +37,6 @@ class PruningParams(RTDETRParams):
     inference_queries: int | None = Field(None, ge=1, description="in fast evaluation, only so many of the queries; null = all")
     exit_after: int | None = Field(None, ge=1, description="in fast evaluation, background queries leave after this decoder layer; null = never")
     exit_keep: float = Field(1.0, gt=0, le=1, description="share of queries that stay")
-    skip_rows: bool = Field(False, description="in fast evaluation, rows above the first object do not enter the backbone; a small network is trained to find them")
 
     @model_validator(mode="after")
     def _levels(self):
@@ -45,7 +44,8 @@ class PruningParams(RTDETRParams):
         if not all(0 < share <= 1 for share in self.memory_keep): raise ValueError(f"memory_keep {list(self.memory_keep)}: every share must be above 0 and at most 1")
         if self.sparse_fusion and (not self.memory_keep or self.memory_keep[0] == 1): raise ValueError("sparse_fusion needs memory_keep with a first number below 1: it says how many tokens to fuse")
         if self.fast and self.sampling != "default": raise ValueError("fast reads the memory by interpolation: set sampling to default, or fast to false")
-        if (self.exit_after or self.inference_queries or self.skip_rows) and not self.fast: raise ValueError("exit_after, inference_queries and skip_rows act in fast evaluation: set fast to true")
+        if (self.exit_after or self.inference_queries) and not self.fast: raise ValueError("exit_after and inference_queries act in fast evaluation: set fast to true")
+        if self.exit_after and self.exit_after >= self.decoder_layers: raise ValueError(f"exit_after must be below decoder_layers ({self.decoder_layers}): after the last layer nobody is left to go on")
         return self
 
 # %% ../../nbs/lib/37_dset.ipynb #63f51e97
@@ -125,7 +125,7 @@ class DSET(RTDETR):
         super().__init__(num_classes, **params)
         p, model = self.params, self.net.model
         pruner = SpatialTokenPruner if p.spatial_prior else TokenPruner
-        sparsity = Sparsity(p.memory_keep, p.sparse_fusion, p.gate, p.fast, p.inference_queries, p.exit_after, p.exit_keep, p.skip_rows)
+        sparsity = Sparsity(p.memory_keep, p.sparse_fusion, p.gate, p.fast, p.inference_queries, p.exit_after, p.exit_keep)
         make_sparse_network(model, sparsity, pruner)
         if p.keep < 1:
             for aifi in model.encoder.aifi: prune_aifi(aifi, pruner(model.config.encoder_hidden_dim), p.restore, p.gate)
@@ -157,8 +157,7 @@ def pruners(self: DSET) -> dict[str, tuple[TokenPruner, float]]: # s32: self-att
 @patch
 def new_modules(self: DSET) -> list[nn.Module]:
     "Routers, experts and pruners: what no RT-DETR checkpoint has."
-    horizon = [self.net.model.horizon] if self.params.skip_rows else []
-    return [*self.mixtures.values(), *(pruner for pruner, _ in self.pruners.values()), *horizon]
+    return [*self.mixtures.values(), *(pruner for pruner, _ in self.pruners.values())]
 
 # %% ../../nbs/lib/37_dset.ipynb #1306d0ec
 @patch
@@ -227,8 +226,7 @@ def parts(self: DSET) -> dict[str, tuple[str, ...]]: # part -> names of modules
     own["backbone"] = ("net.model.backbone.model",)
     own["decoder"] = tuple(name for name in own["decoder"] if name != "net.model.decoder") + tuple(f"net.model.decoder.{name}" for name in inner)
     aifi = tuple(f"net.model.encoder.aifi.{i}.pruner" for i, layer in enumerate(self.net.model.encoder.aifi) if isinstance(layer, PrunedAIFI))
-    horizon = ("net.model.horizon",) if self.params.skip_rows else ()
-    return own | dict(pruning=aifi + tuple(f"net.model.pruners.{i}" for i in self.net.model.pruners) + horizon)
+    return own | dict(pruning=aifi + tuple(f"net.model.pruners.{i}" for i in self.net.model.pruners))
 
 # %% ../../nbs/lib/37_dset.ipynb #605ac3c2
 @patch
@@ -258,16 +256,7 @@ def loss(
     if decisions: terms["prune"] = p.prune_weight * sum(pruning_loss(d.scores, d.ratio) for d in decisions.values()) / len(decisions)
     if decisions and p.mask_weight:
         terms["mask"] = p.mask_weight * sum(mask_loss(d.scores, *self.objects[name]) for name, d in decisions.items()) / len(decisions)
-    if p.skip_rows and self.training: terms["horizon"] = p.mask_weight * self.horizon_loss(batch)
     return terms
-
-@patch
-def horizon_loss(self: DSET, batch: dict) -> Tensor: # scalar
-    "Cross-entropy of the horizon's bands against where objects are."
-    images = batch["images"]
-    objects, counts = object_tokens(batch["targets"], (images.shape[2] // 32, images.shape[3] // 32), 32)
-    bands = lambda mask: mask.unflatten(1, (images.shape[2] // 32, -1)).any(2)
-    return mask_loss(self.net.model.horizon(images), bands(objects), bands(counts))
 
 # %% ../../nbs/lib/37_dset.ipynb #3cb43fda
 @patch
@@ -307,7 +296,7 @@ def load_pretrained(
         prefix = f"net.{names[id(layer)]}.mlp"
         if f"{prefix}.fc1.weight" not in weights: raise UserError(f"weights of an RT-DETR: {prefix}.fc1.weight is missing; was it made with fewer layers?")
         _fill_experts(layer, prefix, weights, self.params.expert_noise)
-    fresh = {name: value for name, value in self.state_dict().items() if "pruner" in name or "horizon" in name or any(name.startswith(f"{prefix}.") for prefix in replaced)}
+    fresh = {name: value for name, value in self.state_dict().items() if "pruner" in name or any(name.startswith(f"{prefix}.") for prefix in replaced)}
     rest = {name: value for name, value in weights.items() if not any(name.startswith(f"{prefix}.") for prefix in replaced)}
     RTDETR.load_pretrained(self, fresh | rest)
 

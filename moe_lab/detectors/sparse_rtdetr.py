@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANY', 'as_column', 'as_tokens', 'slots_of', 'windows', 'conv3x3', 'SparseConvNorm', 'SparseRepVgg', 'FoldedRepVgg',
-           'SparseCSPRep', 'make_sparse', 'sampling_points', 'corners', 'Memory', 'only_read', 'read_memory', 'Horizon',
-           'Rows', 'empty_bands', 'Sparsity', 'SparseModel', 'make_sparse_network', 'children', 'Fused', 'fuse_dense',
-           'fuse_sparse', 'Proposals', 'decode_layer', 'fold']
+           'SparseCSPRep', 'make_sparse', 'sampling_points', 'corners', 'Memory', 'only_read', 'read_memory',
+           'Sparsity', 'SparseModel', 'make_sparse_network', 'children', 'Fused', 'fuse_dense', 'fuse_sparse',
+           'Proposals', 'decode_layer', 'fold']
 
 # %% ../../nbs/lib/36_sparse_rtdetr.ipynb #7781c4b2
 import copy
@@ -206,50 +206,6 @@ def read_memory(
     else: read = F.embedding_bag(bags.flatten(0, 2), table, per_sample_weights=weights.flatten(0, 2), mode="sum")
     return attention.output_proj(read.view(*queries.shape[:2], dim))
 
-# %% ../../nbs/lib/36_sparse_rtdetr.ipynb #0c2ad4dd
-class Horizon(nn.Module):
-    "Where the first objects are, at a glance: (B, 3, H, W) -> (B, H / 32) logits for bands of 32 pixels."
-
-    def __init__(
-        self,
-        threshold: float = 0.05 # bands less likely to have an object than this are skipped, from the top
-    ):
-        super().__init__()
-        self.threshold = threshold
-        self.look = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
-        self.say = nn.Linear(32, 1)
-
-    def forward(self, images):
-        "Logits, band by band."
-        return self.say(self.look(images - 0.5).amax(3).mT).squeeze(-1)
-
-    def first(self, images: Tensor) -> list[int]: # bands to skip, per image; never all
-        "How many bands from the top have nothing in them."
-        found = self(images).sigmoid() >= self.threshold
-        return torch.where(found.any(1), found.int().argmax(1), 0).tolist()
-
-class Rows(nn.Module):
-    "transformers' positional encoding for the lower rows of an image."
-
-    def __init__(self, encoding: nn.Module):
-        super().__init__()
-        self.encoding, self.first = encoding, 0
-
-    def forward(self, width, height, **kwargs):
-        "(1, height × width, C), beginning at row `first`."
-        return self.encoding(width=width, height=height + self.first, **kwargs)[:, self.first * width:]
-
-# %% ../../nbs/lib/36_sparse_rtdetr.ipynb #614032ef
-def empty_bands(
-    labels: list[dict], # per image, boxes (n, 4) cxcywh as fractions
-    height: int # pixels
-) -> int: # bands of 32 pixels above the first object of the batch; 0 if there is none
-    "How many bands from the top nobody in the batch needs."
-    boxes = torch.cat([label["boxes"] for label in labels])
-    if not len(boxes): return 0
-    top = (boxes[:, 1] - boxes[:, 3] / 2).min().clamp(0, 1).item() * height
-    return min(int(top / 32 + 1e-4), height // 32 - 1)
-
 # %% ../../nbs/lib/36_sparse_rtdetr.ipynb #0a821bde
 @dataclass
 class Sparsity:
@@ -261,7 +217,6 @@ class Sparsity:
     queries: int | None = None # in evaluation: this many of the queries
     exit_after: int | None = None # in evaluation: decoder layers until background queries leave
     exit_keep: float = 1.0 # share of queries that stay
-    skip_rows: bool = False # in evaluation: leave out the rows above the horizon
 
 # %% ../../nbs/lib/36_sparse_rtdetr.ipynb #ad4d3ae0
 class SparseModel(hf.RTDetrV2Model):
@@ -275,9 +230,7 @@ class SparseModel(hf.RTDetrV2Model):
         fast = self.sparsity.fast and not self.training
         self.places = None
         if not self.pruners and not fast: return super().forward(pixel_values, labels=labels, **kwargs)
-        if fast and self.sparsity.skip_rows: return self.below_horizon(pixel_values)
-        skipped = empty_bands(labels, pixel_values.shape[2]) if self.training and self.sparsity.skip_rows and labels and torch.rand(()) < 0.5 else 0
-        memory = self.remember(pixel_values[:, :, 32 * skipped:], skipped)
+        memory = self.remember(pixel_values)
         self.places = memory.indices
         proposals = self.propose(memory, fast)
         return self.decode_fast(memory, proposals) if fast else self.decode(memory, proposals, labels)
@@ -293,9 +246,6 @@ def make_sparse_network(
     if sparsity.sparse_fusion:
         make_sparse(model.encoder.fpn_blocks[-1])
         model.encoder.downsample_convs[0].__class__ = SparseConvNorm
-    if sparsity.skip_rows:
-        model.horizon = Horizon()
-        for aifi in model.encoder.aifi: aifi.position_embedding = Rows(aifi.position_embedding)
 
 # %% ../../nbs/lib/36_sparse_rtdetr.ipynb #cf585875
 def children(
@@ -369,11 +319,9 @@ def fuse_sparse(
 # %% ../../nbs/lib/36_sparse_rtdetr.ipynb #c2587fe0
 def _remember(
     self: SparseModel,
-    images: Tensor, # (B, 3, H, W)
-    skipped: int = 0 # bands of 32 pixels that are missing at the top
-) -> Memory: # of the whole image
+    images: Tensor # (B, 3, H, W)
+) -> Memory:
     "Backbone, fusion, pruning, projection."
-    for aifi in self.encoder.aifi if self.sparsity.skip_rows else []: aifi.position_embedding.first = skipped
     features, encoder, pruner = list(self.backbone.model(images).feature_maps), self.encoder, None
     maps = [None if i == 0 else project(f) for i, (project, f) in enumerate(zip(self.encoder_input_proj, features))]
     for i, level in enumerate(encoder.encode_proj_layers if self.config.encoder_layers else []): maps[level] = encoder.aifi[i](maps[level])
@@ -382,9 +330,8 @@ def _remember(
     if pruner is None or pruner.everything: fused = fuse_dense(encoder, laterals, self.encoder_input_proj[0](features[0]))
     else: fused = fuse_sparse(encoder, laterals, features[0], self.encoder_input_proj[0], pruner, self.sparsity.gate)
     parts = [self.level_tokens(i, fused) for i in range(len(maps))]
-    coarsest = features[-1].shape[2]
-    shapes = [(f.shape[2] + f.shape[2] // coarsest * skipped, f.shape[3]) for f in features]
-    starts = [sum(h * w for h, w in shapes[:i]) + (shape[0] - f.shape[2]) * shape[1] for i, (shape, f) in enumerate(zip(shapes, features))]
+    shapes = [tuple(f.shape[2:]) for f in features]
+    starts = [sum(h * w for h, w in shapes[:i]) for i in range(len(shapes))]
     return Memory(torch.cat([tokens for tokens, _ in parts], 1), torch.cat([indices + start for (_, indices), start in zip(parts, starts)], 1), shapes)
 
 def _level_tokens(self: SparseModel, level: int, fused: Fused) -> tuple[Tensor, Tensor]:
@@ -479,20 +426,6 @@ def decode_layer(
     return layer.final_layer_norm(content + layer.mlp(content))
 
 SparseModel.decode_fast = _decode_fast
-
-# %% ../../nbs/lib/36_sparse_rtdetr.ipynb #0619f13b
-def _below_horizon(self: SparseModel, images: Tensor) -> hf.RTDetrV2ModelOutput:
-    "Fast evaluation of the rows in which something can be."
-    first, answers = self.horizon.first(images), {}
-    for skipped in sorted(set(first)):
-        mine = [i for i, f in enumerate(first) if f == skipped]
-        memory = self.remember(images[mine, :, 32 * skipped:] if skipped or len(mine) < len(first) else images, skipped)
-        answer = self.decode_fast(memory, self.propose(memory, True))
-        answers |= {i: (answer.intermediate_logits[n], answer.intermediate_reference_points[n]) for n, i in enumerate(mine)}
-    logits, boxes = (torch.stack(parts) for parts in zip(*(answers[i] for i in range(len(first)))))
-    return hf.RTDetrV2ModelOutput(intermediate_logits=logits, intermediate_reference_points=boxes)
-
-SparseModel.below_horizon = _below_horizon
 
 # %% ../../nbs/lib/36_sparse_rtdetr.ipynb #16a51879
 @torch.no_grad()
