@@ -13,7 +13,7 @@ import safetensors
 import torch
 from transformers import RTDetrV2Config, RTDetrV2ForObjectDetection
 from .. import checkpoint
-from .rtdetr import BACKBONES, RTDETR, RTDETRParams, network_config
+from .rtdetr import BACKBONES, HGNETS, RTDETR, RTDETRParams, hgnet_config, network_config
 from ..params import UserError, validated
 
 # %% ../../nbs/lib/37_rtdetr_hub.ipynb #23154ed6
@@ -31,14 +31,22 @@ def read_config(
     except Exception as e: raise UserError(f"{path}: not a valid configuration ({str(e).splitlines()[0]}); download it again") from None
 
 # %% ../../nbs/lib/37_rtdetr_hub.ipynb #556c2eeb
+def _shape(net) -> dict[str, Any]:
+    "Whatever a HGNet's configuration says about its layers."
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    return {key: plain(value) for key, value in net.to_dict().items() if key.startswith(("stem_", "stage_", "use_", "hidden_act"))}
+
 def _backbone(config: RTDetrV2Config, path: Path) -> dict[str, Any]:
-    "Our name and width of a ResNet."
+    "Our name and width of a ResNet or HGNet."
     net = config.backbone_config
     for name, (kind, channels, depths) in BACKBONES.items():
         width = getattr(net, "hidden_sizes", [0])[0] / channels[0]
         same = getattr(net, "layer_type", "") == kind and tuple(net.depths) == depths
         if same and list(net.hidden_sizes) == [round(c * width) for c in channels]: return dict(backbone=name, backbone_width=width)
-    raise UserError(f"{path}: backbone_config: {net.model_type} of this shape is unknown; known: {', '.join(BACKBONES)}")
+    for name in HGNETS if net.model_type == "hgnet_v2" else ():
+        width = net.stage_out_channels[0] / 128
+        if _shape(net) == _shape(hgnet_config(name, width, len(config.feat_strides))): return dict(backbone=name, backbone_width=width)
+    raise UserError(f"{path}: backbone_config: {net.model_type} of this shape is unknown; known: {', '.join([*BACKBONES, *HGNETS])}")
 
 def as_params(
     config: RTDetrV2Config,
