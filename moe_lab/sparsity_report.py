@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_WARMUP', 'pruners', 'layers', 'only', 'expected_ratio', 'warmup_epochs', 'schedule_error', 'plot_keep_ratio',
            'plot_recall', 'skill', 'kept_picture', 'kept_caption', 'plot_cells', 'habit', 'plot_layers', 'usage_at_end',
-           'positions', 'by_class', 'plot_positions', 'information_bits', 'explained', 'ledger', 'ledger_rows',
+           'positions', 'by_class', 'plot_positions', 'information_bits', 'explained', 'ledger', 'ledger_rows', 'gap',
            'plot_ledgers', 'frontier', 'speed_up_at_equal', 'plot_frontier', 'Claim', 'Claims', 'load_claims', 'judge',
            'verdicts', 'load_published', 'published_rows']
 
@@ -277,6 +277,19 @@ def ledger_rows(
     whole = {label: f"**{si(frame['flops'].sum(), 'FLOPs')}, {frame['ms'].sum():.0f} ms**" for label, frame in found.items()}
     return rows + [{"part": "**together**"} | whole] if rows else []
 
+# %% ../nbs/lib/54_sparsity_report.ipynb #5c1e07ab
+def gap(
+    bench: Mapping[str, Any],  # the record
+    plain: str,  # a model of it
+    sparse: str,  # another
+    size: Sequence[int],  # height, width
+) -> pd.DataFrame:  # index part; ms of each and spared; empty unless both were measured
+    "Milliseconds that one model spares against another, by part; largest first, negative where it takes longer."
+    columns = [ledger(bench, name, size)["ms"].groupby(lambda part: part.split("_")[0], sort=False).sum() for name in (plain, sparse)]
+    if not all(len(column) for column in columns): return pd.DataFrame(columns=["plain", "sparse", "spared"])
+    frame = pd.concat(columns, axis=1, keys=["plain", "sparse"]).fillna(0.0)
+    return frame.assign(spared=frame["plain"] - frame["sparse"]).sort_values("spared", ascending=False, kind="stable")
+
 # %% ../nbs/lib/54_sparsity_report.ipynb #d414b35f
 def plot_ledgers(
     bench: Mapping[str, Any],  # the record
@@ -347,7 +360,8 @@ class Claim(Strict):
     measure: str = Field(description="name of the number that decides")
     reproduced: list[float | None] = Field(min_length=2, max_length=2, description="lowest and highest value that bears it out; null = open")
     note: str = Field("", description="what is tested where the document contradicts itself")
-    settle: str = Field("", description="what would decide it, if nothing here can")
+    partly: str = Field("", description="what of the claim the number leaves untested, so that it alone neither bears the claim out nor refutes it")
+    settle: str = Field("", description="what would decide it, or the rest of it, if nothing here can")
 
 class Claims(Strict):
     "One file of claims."
@@ -367,8 +381,11 @@ def load_claims(
 def judge(
     claim: Claim,
     measured: float | Paired | None,  # None: not measured
-) -> str:  # reproduced, refuted, open, not measured, needs real data
+) -> str:  # reproduced, partly, refuted, open, not measured, needs real data
     "What a number says about a claim."
+    if claim.partly:
+        word = judge(claim.model_copy(update={"partly": "", "settle": ""}), measured)
+        return {"reproduced": "partly", "refuted": "open"}.get(word, word)
     if claim.settle: return "needs real data"
     if measured is None or (isinstance(measured, float) and math.isnan(measured)): return "not measured"
     low, high = (-math.inf if claim.reproduced[0] is None else claim.reproduced[0]), (math.inf if claim.reproduced[1] is None else claim.reproduced[1])
@@ -388,10 +405,11 @@ def verdicts(
     measured: Mapping[str, float | Paired | None],  # by the name of the number
 ) -> list[dict[str, str]]:  # rows of a table
     "Every claim, what it needs, what was found, and the verdict. UserError if a claim asks for a number that nobody computes."
-    unknown = [c.measure for c in claims.claims if c.measure not in measured and not c.settle]
+    unknown = [c.measure for c in claims.claims if c.measure not in measured and (c.partly or not c.settle)]
     if unknown: raise UserError(f"claims: no number is called {unknown[0]!r}; the analysis computes {', '.join(sorted(measured))}")
     text = lambda value: "–" if value is None else str(value) if isinstance(value, Paired) else f"{value:.3f}"
-    return [{"claim": c.statement + (f" *({c.note})*" if c.note else ""), "asks for": _within(c), "measured": c.settle or text(measured.get(c.measure)),
+    note = lambda c: "; ".join(filter(None, (c.note, c.partly, c.partly and c.settle and f"to settle it: {c.settle}")))
+    return [{"claim": c.statement + (f" *({note(c)})*" if note(c) else ""), "asks for": _within(c), "measured": text(measured.get(c.measure)) if c.partly else c.settle or text(measured.get(c.measure)),
              "verdict": f"**{judge(c, measured.get(c.measure))}**", "source": c.source} for c in claims.claims]
 
 # %% ../nbs/lib/54_sparsity_report.ipynb #3034fc73
