@@ -235,10 +235,10 @@ def verify(
 # %% ../nbs/lib/69_cli.ipynb #9477af91
 @command
 def params(params_file: Annotated[Path, typer.Argument(help="parameter file")] = Path("params.yaml")):
-    "Check a parameter file and list every key with its meaning."
+    "Check a parameter file and list every key with its default, its meaning and what it may be."
     from moe_lab.detectors import REGISTRY, params_class
     from moe_lab.params import RunParams, describe, load
-    table = Table("key (below runs.NAME)", "default", "meaning", box=None)
+    table = Table("key (below runs.NAME)", "default", "meaning (and what it may be)", box=None)
     rows = [row for row in describe(RunParams) if row[0] != "model"]
     for name in REGISTRY:
         rows += [(f"model.{key}", default, f"{meaning} [{name}]") for key, default, meaning in describe(params_class(name))]

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PointRange', 'UserError', 'nearest', 'registered', 'Strict', 'AugmentParams', 'SceneParams', 'DataParams',
            'TrainParams', 'EvalParams', 'RunParams', 'Params', 'merged', 'validated', 'read_yaml', 'plain', 'load',
-           'describe']
+           'allowed', 'describe']
 
 # %% ../nbs/lib/00_params.ipynb #8da99d10
 import difflib
 import importlib
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, Mapping
+from types import UnionType
+from typing import Any, Iterable, Iterator, Literal, Mapping, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -48,8 +49,8 @@ def registered(
 
 # %% ../nbs/lib/00_params.ipynb #cb708cbf
 class Strict(BaseModel):
-    "Base of every parameter class: no unknown key, no silent conversion, no change after loading."
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    "Base of every parameter class: no unknown key, no silent conversion, no infinite number, no change after loading."
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 # %% ../nbs/lib/00_params.ipynb #7f92a40a
 class AugmentParams(Strict):
@@ -174,21 +175,66 @@ def _apply_profile(raw: Mapping, profile: str, file: str) -> dict:
     shared = {"threads": raw["threads"]} if "threads" in raw else {}
     over, runs = profiles[profile] or {}, {name: merged(shared, run or {}) for name, run in (raw.get("runs") or {}).items()}
     for name, changes in over.items():
-        if name not in runs and name != "*" and (changes or {}).get("extends") not in runs:
+        if name not in runs and name != "*" and str((changes or {}).get("extends")) not in runs:
             raise UserError(f"{file}: profiles.{profile}.{name}: no such run{nearest(name, runs)}; a run of this profile only says which one it `extends`")
-    added = {name: runs[changes["extends"]] for name, changes in over.items() if name not in runs and name != "*"}
+    added = {name: runs[str(changes["extends"])] for name, changes in over.items() if name not in runs and name != "*"}
     lay = lambda name, run: merged(merged(run or {}, over.get("*") or {}), {k: v for k, v in (over.get(name) or {}).items() if k != "extends"})
     return {**{k: v for k, v in raw.items() if k != "profiles"}, "profile": profile, "runs": {n: lay(n, r) for n, r in {**runs, **added}.items()}}
 
 # %% ../nbs/lib/00_params.ipynb #0e58ec7e
+def _spot(
+    mapping: Mapping,  # of the YAML document
+    key: Any,  # one of its keys
+) -> tuple[int, int] | None:  # line and column, from 0; None if the mapping does not come from a file
+    "Where a key is written: in the mapping itself, or in one that is merged into it."
+    if key in (getattr(getattr(mapping, "lc", None), "data", None) or {}):
+        return mapping.lc.key(key)
+    spots = (_spot(part, key) for part in getattr(mapping, "merge", None) or () if isinstance(part, Mapping) and key in part)
+    return next((spot for spot in spots if spot), None)
+
+# %% ../nbs/lib/00_params.ipynb #14a7931c
+def _trace(raw: Any, path: tuple) -> list[tuple[int, int]]:
+    "Line and column, from 0, of each key of `path`, as far as they stand in the YAML file itself."
+    spots = []
+    for key in path:
+        if not (isinstance(raw, Mapping) and key in raw and (spot := _spot(raw, key))):
+            break
+        spots, raw = [*spots, spot], raw[key]
+    return spots
+
+
 def _line(raw: Any, path: tuple) -> str:
     "':LINE' of the deepest part of `path` that stands in the YAML file itself, else ''."
-    line = ""
-    for key in path:
-        if not (hasattr(raw, "lc") and isinstance(raw, Mapping) and key in raw):
-            break
-        line, raw = f":{raw.lc.key(key)[0] + 1}", raw[key]
-    return line
+    spots = _trace(raw, path)
+    return f":{spots[-1][0] + 1}" if spots else ""
+
+# %% ../nbs/lib/00_params.ipynb #65a7fdd8
+def _check_levels(
+    raw: Mapping,  # the YAML document
+    file: str,  # named in errors
+) -> None:
+    "`UserError` where a single value or a list stands in place of runs, profiles, or one of them; empty is fine."
+    def check(path: tuple, value: Any, deeper: int) -> None:
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(f"{file}{_line(raw, path)}: {'.'.join(map(str, path))}: expected keys and values below it, found {value!r}")
+        for key in value or () if deeper else ():
+            check((*path, key), value[key], deeper - 1)
+    check(("runs",), raw.get("runs"), 1)
+    check(("profiles",), raw.get("profiles"), 2)
+
+# %% ../nbs/lib/00_params.ipynb #e54505a2
+def _origin(
+    raw: Any,  # the YAML document
+    profile: str,  # that was laid over the runs; '' = none
+    path: tuple,  # keys from the top, of the runs as they came out
+) -> tuple:  # keys from the top, as written in the file
+    "Where the value at `path` comes from: from the profile, or from the run itself."
+    if not profile or len(path) < 2 or path[0] != "runs":
+        return path
+    (_, run, *rest), laid = path, (raw.get("profiles") or {}).get(profile) or {}
+    base = path if run in raw["runs"] else ("runs", str((laid.get(run) or {}).get("extends")), *rest)
+    places = [("profiles", profile, run, *rest), ("profiles", profile, "*", *rest)]
+    return next((place for place in places if rest and len(_trace(raw, place)) == len(place)), base)
 
 # %% ../nbs/lib/00_params.ipynb #415ee968
 def _fields_at(cls: type[BaseModel], path: tuple) -> list[str]:
@@ -201,15 +247,14 @@ def _fields_at(cls: type[BaseModel], path: tuple) -> list[str]:
     return list(cls.model_fields)
 
 # %% ../nbs/lib/00_params.ipynb #4318cdfe
-def _explain(error: Mapping, cls: type[BaseModel], where: tuple) -> str:
-    "One pydantic error as 'key: what is wrong; what would be right'."
-    path = where + tuple(error["loc"])
-    key = ".".join(map(str, path))
+def _explain(error: Mapping, cls: type[BaseModel]) -> str:
+    "What is wrong, and what would be right, in one pydantic error."
+    path = tuple(error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(str(path[-1]), _fields_at(cls, tuple(error['loc'][:-1])))}"
+        return f"unknown key{nearest(str(path[-1]), _fields_at(cls, path[:-1]))}"
     if error["type"] == "missing":
-        return f"{key}: missing; add it"
-    return f"{key}: {error['msg'].removeprefix('Value error, ')}" + (f" (found {error['input']!r})" if not isinstance(error["input"], Mapping) else "")
+        return "missing; add it"
+    return error["msg"].removeprefix("Value error, ") + (f" (found {error['input']!r})" if not isinstance(error["input"], Mapping) else "")
 
 # %% ../nbs/lib/00_params.ipynb #96f4fdb7
 def validated(
@@ -218,13 +263,19 @@ def validated(
     file: str,  # named in errors
     where: tuple = (),  # keys above `values` in the file
     raw: Any = None,  # the YAML document, for line numbers
+    profile: str = "",  # that was laid over the document's runs
 ) -> BaseModel:  # an instance of `cls`
     "`cls(**values)`, with every error in our form: file, line, key, fix."
     try:
         return cls.model_validate(dict(values))
     except ValidationError as e:
-        lines = [(where + tuple(err["loc"]), _explain(err, cls, where)) for err in e.errors()]
-        raise UserError("\n".join(f"{file}{_line(raw, path)}: {text}" for path, text in lines)) from None
+        told = {}
+        for error in e.errors():
+            path = _origin(raw, profile, where + tuple(error["loc"]))
+            spots, text = _trace(raw, path), _explain(error, cls)
+            written = spots[-1] if len(spots) == len(path) else path
+            told.setdefault((written, text), f"{file}{_line(raw, path)}: {'.'.join(map(str, path))}: {text}")
+        raise UserError("\n".join(told.values())) from None
 
 # %% ../nbs/lib/00_params.ipynb #0e2cd063
 def read_yaml(
@@ -253,21 +304,21 @@ def plain(value: Any) -> Any:
     return kind(value) if kind else value
 
 # %% ../nbs/lib/00_params.ipynb #e5f37e32
-def _checked_model(name: str, run: RunParams, file: str, raw: Any) -> RunParams:
+def _checked_model(name: str, run: RunParams, file: str, raw: Any, profile: str = "") -> RunParams:
     "The run with its `model` section completed and checked by the detector's own class."
     registry = importlib.import_module("moe_lab.detectors")
     if run.detector not in registry.REGISTRY:
-        where = ("runs", name, "detector")
+        where = _origin(raw, profile, ("runs", name, "detector"))
         raise UserError(f"{file}{_line(raw, where)}: {'.'.join(where)}: unknown detector {run.detector!r}{nearest(run.detector, registry.REGISTRY)}")
-    checked = validated(registry.params_class(run.detector), run.model, file, ("runs", name, "model"), raw)
+    checked = validated(registry.params_class(run.detector), run.model, file, ("runs", name, "model"), raw, profile)
     return run.model_copy(update={"model": checked.model_dump()})
 
 # %% ../nbs/lib/00_params.ipynb #76808369
-def _check_start(name: str, runs: Mapping[str, RunParams], file: str, raw: Any) -> None:
+def _check_start(name: str, runs: Mapping[str, RunParams], file: str, raw: Any, profile: str = "") -> None:
     "`UserError` if a run starts from an unknown one, or, by any number of steps, from itself."
     seen = [name]
     while (start := runs[seen[-1]].init_from) != "scratch":
-        where = ("runs", seen[-1], "init_from")
+        where = _origin(raw, profile, ("runs", seen[-1], "init_from"))
         if start not in runs:
             raise UserError(f"{file}{_line(raw, where)}: {'.'.join(where)}: no run {start!r}{nearest(start, runs)}")
         if start in seen:
@@ -282,23 +333,36 @@ def load(
 ) -> Params:  # everything, checked
     "Read, merge and check a parameter file. Errors name file, line, key and fix. Checking a `model` imports its detector, which `only` spares."
     raw, file = read_yaml(path), str(path)
-    values = _apply_profile(plain(raw), profile or str(raw.get("profile", "tiny")), file)
-    params = validated(Params, values, file, raw=raw)
+    profile = profile or str(raw.get("profile", "tiny"))
+    _check_levels(raw, file)
+    values = _apply_profile(plain(raw), profile, file)
+    params = validated(Params, values, file, raw=raw, profile=profile)
     for name in params.runs:
-        _check_start(name, params.runs, file, raw)
+        _check_start(name, params.runs, file, raw, profile)
     asked = params.runs if only is None else set(only)
-    return params.model_copy(update={"runs": {name: _checked_model(name, run, file, raw) if name in asked else run for name, run in params.runs.items()}})
+    return params.model_copy(update={"runs": {name: _checked_model(name, run, file, raw, profile) if name in asked else run for name, run in params.runs.items()}})
+
+# %% ../nbs/lib/00_params.ipynb #818f43c1
+def allowed(
+    field: Any,  # of a parameter class
+) -> str:  # '> 0, ≤ 1', or 'sgd, adamw'; '' = anything of its type
+    "What values a field takes."
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    bounds = [f"{sign} {getattr(rule, name):g}" for rule in field.metadata for name, sign in signs.items() if getattr(rule, name, None) is not None]
+    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if get_origin(kind) is Literal]
+    return ", ".join(bounds or [str(choice) for kind in kinds for choice in get_args(kind)])
 
 # %% ../nbs/lib/00_params.ipynb #525950f9
 def describe(
     cls: type[BaseModel],  # parameter class
     prefix: str = "",  # dotted path above it
-) -> Iterator[tuple[str, str, str]]:  # (key, default, meaning)
-    "Every key of `cls` and of the classes inside it."
+) -> Iterator[tuple[str, str, str]]:  # (key, default, meaning and what is allowed)
+    "Every key of `cls` and of the classes inside it, also of those that may be left out."
     for name, field in cls.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from describe(kind, f"{prefix}{name}.")
-        else:
+        kind, parts = field.annotation, get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
+        inside = [k for k in (kind, *parts) if isinstance(k, type) and issubclass(k, BaseModel)]
+        if kind not in inside:
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-            yield f"{prefix}{name}", default, field.description or ""
+            yield f"{prefix}{name}", default, (field.description or "") + (f" ({text})" if (text := allowed(field)) else "")
+        for part in inside:
+            yield from describe(part, f"{prefix}{name}.")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from ruamel.yaml import YAML
 
-from moe_lab.params import Params, UserError, describe, load, plain, read_yaml
+from moe_lab.params import Params, RunParams, UserError, describe, load, plain, read_yaml
 
 ROOT = Path(__file__).parent.parent
 MOE_LAB = Path(sys.executable).with_name("moe-lab")
@@ -47,6 +47,67 @@ def test_a_mistake_names_file_key_and_fix(tmp_path, mistake):
     with pytest.raises(UserError) as error:
         load(path)
     assert str(path) in str(error.value) and expected in str(error.value)
+
+
+def edited_text(tmp_path, old: str, new: str) -> Path:
+    "params.yaml with its anchors, changed at one place, as a person would."
+    text = (ROOT / "params.yaml").read_text()
+    assert old in text, old
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+SLIPS = {
+    "in an anchor": ("train: &more\n      epochs:", "train: &more\n      epoch:", "runs.yolov7_tiny_more.train.epoch: unknown key; did you mean epochs?", "      epoch:"),
+    "in an anchor on one line": ("evaluate: &judged {conf:", "evaluate: &judged {cnf:", "runs.yolov7_tiny.evaluate.cnf: unknown key; did you mean conf?", "{cnf:"),
+    "not a pair": ("image_size: [256, 320]", "image_size: 256", "runs.yolov7_tiny.data.image_size: Input should be a valid tuple (found 256)", "image_size: 256"),
+    "three sides": ("image_size: [256, 320]", "image_size: [256, 320, 32]", "runs.yolov7_tiny.data.image_size", "image_size: [256, 320, 32]"),
+    "no number": ("hsv_h: 0.015", "hsv_h: .nan", "runs.yolov7_tiny.data.augment.hsv_h: Input should be a finite number", "hsv_h: .nan"),
+    "endless": ("lr: 0.006", "lr: .inf", "runs.yolov7_tiny.train.lr: Input should be a finite number", "lr: .inf"),
+    "anchors are no list": ("width: 0.25 ", "anchors: 5\n      width: 0.25 ", "runs.yolov7_tiny.model.anchors: need 3 lists", "anchors: 5"),
+    "anchors below zero": ("width: 0.25 ", "anchors: [[-1, 2], [3, 4], [0, 0]]\n      width: 0.25 ", "every width and height must be a number above 0", "anchors: [[-1"),
+    "a run is a number": ("runs:\n", "runs:\n  broken: 5\n", "runs.broken: expected keys and values below it, found 5", "  broken: 5"),
+    "a profile is a number": ("\n  tiny: {}", "\n  tiny: 4", "profiles.tiny: expected keys and values below it, found 4", "  tiny: 4"),
+    "a profile's run is a number": ("\n  tiny: {}", "\n  tiny: {yolov7_tiny: 3}", "profiles.tiny.yolov7_tiny: expected keys", "  tiny: {yolo"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_in_the_text_names_its_line(tmp_path, slip):
+    "Also where the key is shared by a merge, and so stands in a line of another run; and it is told once."
+    old, new, expected, there = SLIPS[slip]
+    path = edited_text(tmp_path, old, new)
+    line = next(k for k, text in enumerate(path.read_text().splitlines(), 1) if there in text)
+    with pytest.raises(UserError) as error:
+        load(path)
+    (told,) = [text for text in str(error.value).splitlines() if expected in text]
+    assert told.startswith(f"{path}:{line}: ")
+
+
+@pytest.mark.parametrize("content", ["runs: [1, 2]", "runs: {a: 5}", "runs: {}\nprofiles: 3", "runs: {}\nprofiles: {tiny: 4}"])
+def test_every_level_is_a_group_of_keys(tmp_path, content):
+    (path := tmp_path / "params.yaml").write_text(f"threads: 1\n{content}\n")
+    with pytest.raises(UserError, match="expected keys and values below it"):
+        load(path)
+
+
+@pytest.mark.parametrize("old, new, expected", [
+    ("      train: &long\n        epochs:", "      train: &long\n        epochz:", "epochz: unknown key; did you mean epochs?"),
+    ("lr: 0.01\n        lr_final", "lr: -0.01\n        lr_final", "lr: Input should be greater than 0 (found -0.01)"),
+])
+def test_a_slip_in_a_profile_is_found_there(tmp_path, old, new, expected):
+    path = edited_text(tmp_path, old, new)
+    line = next(k for k, text in enumerate(path.read_text().splitlines(), 1) if new.strip().splitlines()[-1 if "train" in new else 0] in text)
+    with pytest.raises(UserError) as error:
+        load(path, "paper")
+    assert f"{path}:{line}: profiles.paper.yolov7_tiny.train.{expected}" in str(error.value)
+
+
+def test_reference_says_what_a_key_may_be():
+    rows = {key: meaning for key, _, meaning in describe(RunParams)}
+    assert rows["train.lr_final"].endswith("(> 0, ≤ 1)") and rows["train.optimizer"].endswith("(sgd, adamw)")
+    assert rows["data.scene.tilt"].endswith("(≥ 0, ≤ 45)")
 
 
 def test_every_committed_profile_is_valid():

@@ -228,9 +228,12 @@ class YOLOv7Params(Strict):
     @field_validator("anchors", mode="before")
     @classmethod
     def _three_levels(cls, anchors):
-        sizes = {len(level) for level in anchors}
-        if len(anchors) != len(STRIDES) or len(sizes) != 1 or min(sizes) % 2 or min(sizes) == 0:
+        nested = isinstance(anchors, (list, tuple)) and all(isinstance(level, (list, tuple)) for level in anchors)
+        sizes = {len(level) for level in anchors} if nested else {0}
+        if len(sizes) != 1 or min(sizes) % 2 or min(sizes) == 0 or len(anchors) != len(STRIDES):
             raise ValueError(f"need {len(STRIDES)} lists, for strides {STRIDES}, each of as many width, height pairs")
+        if not all(isinstance(side, (int, float)) and 0 < side < math.inf for level in anchors for side in level):
+            raise ValueError("every width and height must be a number above 0")
         return tuple(tuple(map(float, level)) for level in anchors)
 
 # %% ../../nbs/lib/31_yolov7.ipynb #c9c5f444
