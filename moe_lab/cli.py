@@ -218,7 +218,7 @@ def verify(
     studies: Annotated[bool, typer.Option("--studies", help="judge the results in studies/ too")] = False,
     params_file: Annotated[Path, typer.Option(help="parameter file")] = Path("params.yaml"),
 ):
-    "Compare fresh results with the committed ones, run by run; exit with 1 when one differs."
+    "Compare fresh results with the committed ones, run by run; exit with 1 when one differs or is missing. What was not run here is not judged."
     from moe_lab.params import load
     from moe_lab.verify import TOLERANCE, studied_runs, verify_run
     tolerance = TOLERANCE if tolerance is None else tolerance
@@ -226,8 +226,11 @@ def verify(
     results += [verify_run(name, revision, tolerance, folder="studies") for name in studied_runs()] if studies else []
     table = Table("run", "verdict", "detail", box=None)
     for r in results:
-        table.add_row(r.run, f"[{'green' if r.ok else 'red'}]{r.verdict}[/]", r.detail)
+        colour = "yellow" if r.verdict == "not run" else "green" if r.ok else "red"
+        table.add_row(r.run, f"[{colour}]{r.verdict}[/]", r.detail)
     console.print(table)
+    if waiting := sum(r.verdict == "not run" for r in results):
+        console.print(f"not run: {waiting} of {len(results)}; neither checkpoint nor timing is here, so nothing is said about them", highlight=False)
     if any(r.verdict == "within tolerance" for r in results):
         console.print(f"within tolerance: git's results come from another kind of machine, whose rounding acts like another seed; these runs' headline numbers differ by at most {tolerance:g}", highlight=False)
     raise typer.Exit(0 if all(r.ok for r in results) else 1)

@@ -10,7 +10,7 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping
+from typing import Iterable, Iterator, Mapping
 
 from .params import UserError
 
@@ -29,15 +29,15 @@ def flat(
 # %% ../nbs/lib/64_verify.ipynb #545defbb
 @dataclass
 class Comparison:
-    "What became of one run. `verdict`: identical, within tolerance, different, not run, or new."
+    "What became of one run. `verdict`: identical, within tolerance, different, missing, not run, or new."
     run: str
     verdict: str
     detail: str = ""
 
     @property
     def ok(self) -> bool:
-        "Whether the committed numbers hold."
-        return self.verdict in ("identical", "within tolerance", "new")
+        "Whether nothing speaks against the committed numbers; of what was not run, nothing does."
+        return self.verdict not in ("different", "missing")
 
 # %% ../nbs/lib/64_verify.ipynb #e0553d4e
 def gap(
@@ -55,6 +55,15 @@ def headlines(
     from moe_lab.report import headline  # brings the plotting libraries; between equal machines nobody asks
     return [f"{split}.{name}" for split in ("val", "test") if split in metrics for name in headline(metrics[split]) if name in metrics[split]]
 
+# %% ../nbs/lib/64_verify.ipynb #2c1900a0
+def _widest(old: Mapping, new: Mapping, names: Iterable[str]) -> str:
+    "Of some numbers the one that lies furthest apart."
+    return max(names, key=lambda n: gap(old[n], new[n]))
+
+
+def _change(old: Mapping, new: Mapping, name: str) -> str:
+    return f"{name}: {old[name]} -> {new[name]}"
+
 # %% ../nbs/lib/64_verify.ipynb #cd69d710
 def compare(
     run: str,  # its name
@@ -71,9 +80,11 @@ def compare(
         return Comparison(run, "different", f"other metrics: {', '.join(sorted(old.keys() ^ new.keys())[:3])}")
     counts = [n for n in old if isinstance(old[n], int) and old[n] != new[n]]
     judged = counts or (old if same_tier else headlines(committed) or old)
-    name = max(judged, key=lambda n: gap(old[n], new[n]))
+    name, rest = _widest(old, new, judged), [] if counts else [n for n in old if n not in judged and old[n] != new[n]]
     close = not (counts or same_tier) and gap(old[name], new[name]) <= tolerance
-    return Comparison(run, "within tolerance" if close else "different", f"largest difference {name}: {old[name]} -> {new[name]}")
+    found = f"largest difference {_change(old, new, name)}" if old[name] != new[name] else "headline numbers are equal"
+    aside = f"; only headline numbers are judged, of the others {_change(old, new, _widest(old, new, rest))}" if rest else ""
+    return Comparison(run, "within tolerance" if close else "different", found + aside)
 
 # %% ../nbs/lib/64_verify.ipynb #3925b159
 def committed_json(
@@ -102,13 +113,16 @@ def verify_run(
     folder: str = "runs",  # or 'studies'
 ) -> Comparison:
     "Compare one run of the working tree with the same run in git."
-    read = lambda name: (committed_json(f"{folder}/{run}/{name}", revision, root), _fresh_json(Path(root) / folder / run / name))
+    here, remedy = Path(root) / folder / run, f"run `dvc repro train@{run}`" if folder == "runs" else "run `make study`"
+    read = lambda name: (committed_json(f"{folder}/{run}/{name}", revision, root), _fresh_json(here / name))
     (old, fresh), tiers = read("metrics.json"), read("tier.json")
     if fresh is None:
-        return Comparison(run, "not run", f"run `dvc repro train@{run}`" if folder == "runs" else "run `make study`")
+        return Comparison(run, "missing" if old else "not run", remedy)
     if old is None:
         return Comparison(run, "new", f"git has no metrics of it at {revision}")
-    return compare(run, old, fresh, tiers[0] == tiers[1], tolerance)
+    judged = compare(run, old, fresh, tiers[0] == tiers[1], tolerance)
+    made_here = any((here / name).is_file() for name in ("checkpoint.safetensors", "timing.json"))
+    return judged if made_here or judged.verdict != "identical" else Comparison(run, "not run", remedy)
 
 # %% ../nbs/lib/64_verify.ipynb #e287a26e
 def studied_runs(
