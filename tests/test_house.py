@@ -1,6 +1,7 @@
 """The house itself: notebooks and library agree, layers hold, stages depend on the code they run, nothing private leaks."""
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +35,24 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     here, there = ({p.relative_to(base).as_posix(): p.read_text() for p in (base / "moe_lab").rglob("*.py")} for base in (ROOT, tmp_path))
     assert there.keys() == here.keys()
     assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_make_sync_compares_files_and_not_commits(tmp_path):
+    "With a stand-in for nbdev_export, which writes what it is told: an edit that was exported passes, whatever git says; anything else is named."
+    for name in ("moe_lab", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", ".venv/.ready"):
+        (tmp_path / name).write_text((ROOT / name).read_text() if name == "Makefile" else "")
+    (export := tmp_path / ".venv/bin/nbdev_export").write_text("#!/bin/sh\nprintf 'exported' > moe_lab/here.py\n${ALSO:-true}\n")
+    export.chmod(0o755)
+    sync = lambda **also: subprocess.run(["make", "sync"], cwd=tmp_path, env={**os.environ, **also}, capture_output=True, text=True)
+    (tmp_path / "moe_lab/here.py").write_text("exported")
+    assert sync().returncode == 0
+    (tmp_path / "moe_lab/here.py").write_text("edited by hand")
+    assert (done := sync()).returncode != 0 and "moe_lab/here.py" in done.stdout and "not what the notebooks export" in done.stdout
+    assert sync().returncode == 0
+    assert (done := sync(ALSO="touch moe_lab/new.py")).returncode != 0 and "moe_lab/new.py" in done.stdout and "here.py" not in done.stdout
+    assert (done := sync(ALSO="exit 1")).returncode != 0 and "notebooks export" not in done.stdout
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
