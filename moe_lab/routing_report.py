@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'READINGS', 'expert_name', 'slots', 'usage', 'band_for', 'plot_usage', 'by_condition', 'plot_conditions',
-           'Information', 'information', 'experts_in', 'at_end', 'plot_course', 'plot_shares', 'measured', 'health',
-           'readings', 'plot_readings', 'plot_courses']
+           'Information', 'information', 'untrained_information', 'router_gradients', 'experts_in', 'at_end',
+           'plot_course', 'plot_shares', 'measured', 'health', 'usage_against_band', 'health_of_runs', 'Similarity',
+           'similarity', 'readings', 'plot_readings', 'plot_courses']
 
 # %% ../nbs/lib/53_routing_report.ipynb #15f2e6ea
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,10 +21,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from .diagnose import BANDS, Band, out_of_band
+from .diagnose import BANDS, Band, expert_similarity, out_of_band
 from .report import INK, PALETTE, Run, percent, plot_bars
-from .routers import mutual_information, usage_share
+from .routers import TopKRouter, mutual_information, usage_share
 
 # %% ../nbs/lib/53_routing_report.ipynb #0a230476
 def expert_name(
@@ -123,6 +126,33 @@ def information(
     return Information(mutual_information(choices, conditions), float(np.mean(shuffled)), float(np.quantile(shuffled, 0.95)),
                        mutual_information(conditions, conditions))
 
+# %% ../nbs/lib/53_routing_report.ipynb #e4d4dc6e
+def untrained_information(
+    features: Tensor,  # (N, C) what the router reads of each image
+    conditions: list[str],  # N of them; '' = unknown
+    num_experts: int,  # E
+    routers: int = 20,  # how many are tried
+    seed: int = 0,  # of their weights
+) -> list[float]:  # bits, one a router; empty without conditions
+    "What the preferred expert of routers that never learnt says about the condition."
+    known = [i for i, condition in enumerate(conditions) if condition]
+    if not known: return []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        choices = [TopKRouter(features.shape[1], num_experts, 1)(features[known]).indices[:, 0] for _ in range(routers)]
+    return [mutual_information(chosen, [conditions[i] for i in known]) for chosen in choices]
+
+# %% ../nbs/lib/53_routing_report.ipynb #405f8c15
+def router_gradients(
+    model: Any,  # a detector with `router`; its `loss` may have a term `balance`
+    batch: dict,  # images and targets
+) -> dict[str, float]:  # 'detection', 'balance' -> norm of the gradient
+    "How hard each kind of loss pulls at the router's weights."
+    terms, weights = model.loss(model(batch), batch), list(model.router.parameters())
+    kinds = {"detection": sum(v for name, v in terms.items() if name != "balance"), "balance": terms.get("balance", torch.zeros(()))}
+    pulls = {kind: torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) if loss.requires_grad else [] for kind, loss in kinds.items()}
+    return {kind: sum(float(g.square().sum()) for g in found if g is not None) ** 0.5 for kind, found in pulls.items()}
+
 # %% ../nbs/lib/53_routing_report.ipynb #12c1681f
 TITLES = {"routing/balance": "balance loss", "routing/entropy": "evenness of use", "routing/loss_share": "routing's share of the loss",
           "routing/similarity": "similarity of experts", "routing/top1": "mean top-1 probability", "routing/mutual_information": "bits about the condition"}
@@ -201,17 +231,60 @@ def health(
                      "at the end": _extent(seen.iloc[-1]), "epochs outside": f"{outside} of {len(seen)}", "source": f"document {band.source}"})
     return rows
 
+# %% ../nbs/lib/53_routing_report.ipynb #e53a9795
+def _cell(values: pd.Series, band: Band) -> str:  # '0.20 to 0.31', bold if any is outside
+    "Numbers of one run against one band."
+    text = _extent(values)
+    return text if values.between(band.low, band.high).all() else f"**{text}**"
+
+def usage_against_band(
+    run: Run,  # of a mixture
+    split: str = "val",  # of routing.json
+) -> tuple[pd.Series, Band] | None:  # shares, and the band for so many experts; None if nothing was routed or there is no band
+    "How evenly the finished detector uses its experts."
+    shares = pd.Series(usage(run.routing.get(split, [])), dtype=float)
+    band = band_for("routing/usage/0", len(shares)) if len(shares) else None
+    return (shares, band) if band else None
+
+# %% ../nbs/lib/53_routing_report.ipynb #2eba3942
+def health_of_runs(
+    runs: Mapping[str, Run],  # column -> run
+) -> list[dict[str, str]]:  # rows of a table; bold = outside at the end
+    "Every band against every run: where each ended; usage on val first."
+    rows, name = {}, lambda band: (band.column.removeprefix("routing/").strip("/*"), f"{band.low:g} to {band.high:g}", f"document {band.source}")
+    for label, run in runs.items():
+        if found := usage_against_band(run):
+            rows.setdefault(("usage on val", *name(found[1])[1:]), {})[label] = _cell(*found)
+    for band in BANDS:
+        for label, run in runs.items():
+            seen = measured(run.history, band)
+            if not seen.empty: rows.setdefault(name(band), {})[label] = _cell(seen.iloc[-1], band)
+    return [{"number": number, "healthy": healthy, **{label: cells.get(label, "–") for label in runs}, "source": source}
+            for (number, healthy, source), cells in rows.items()]
+
+# %% ../nbs/lib/53_routing_report.ipynb #bd0311e7
+class Similarity(NamedTuple):
+    "Mean cosine over pairs of experts: of their answers, and of how these depart from each expert's mean over the images."
+    raw: float
+    centred: float
+
+def similarity(
+    answers: Tensor,  # (E, B, n) what each of E experts says about each of B >= 2 images
+) -> Similarity:  # each -1..1
+    "How alike the experts are."
+    return Similarity(expert_similarity(answers), expert_similarity(answers - answers.mean(1, keepdim=True)))
+
 # %% ../nbs/lib/53_routing_report.ipynb #1de4f8c7
 READINGS = {"wbf": "fused (WBF)", "nms": "suppressed (NMS)", "top1": "preferred expert only"}
 
 def readings(
     run: Run,  # of a mixture
     metric: str = "AP50",  # on val
-) -> dict[str, float]:  # reading -> value; the best single expert among them; empty if there are no alternatives
+) -> dict[str, float]:  # reading -> value; best, mean and worst single expert among them; empty if there are no alternatives
     "The ways in which one set of weights was judged."
     found = {name: metrics[metric] for name, metrics in run.metrics.get("alternatives", {}).get("val", {}).items()}
     single = [value for name, value in found.items() if name.startswith("expert_")]
-    best = {"best single expert": max(single), "worst single expert": min(single)} if single else {}
+    best = {"best single expert": max(single), "mean single expert": sum(single) / len(single), "worst single expert": min(single)} if single else {}
     return {text: found[name] for name, text in READINGS.items() if name in found} | best
 
 # %% ../nbs/lib/53_routing_report.ipynb #a4520434
