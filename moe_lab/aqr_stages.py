@@ -216,7 +216,7 @@ def at_the_end(
     repeats: Mapping[int, Run],  # seed -> run
     sensor: str,  # lidar or camera
 ) -> dict[str, float]:  # weight_mean, ... -> mean over seeds; empty if the sensor was left alone
-    "The stages in the last epoch."
+    "The stages in the last epoch, as means over its batches; map_max is a mean of maxima."
     prefix = f"aqr/{sensor}/"
     last = [run.history.filter(regex=f"^{prefix}").dropna().iloc[-1] for run in repeats.values() if f"{prefix}map_mean" in run.history]
     return {name.removeprefix(prefix): float(value) for name, value in pd.DataFrame(last).mean().items()} if last else {}
@@ -225,7 +225,7 @@ def begins(
     repeats: Mapping[int, Run],  # seed -> run
     column: str,  # of the history
 ) -> list[float]:  # one a seed
-    "A number after the first epoch."
+    "A number of the first epoch, as the mean over its batches."
     return [float(run.history[column].dropna().iloc[0]) for run in repeats.values() if column in run.history and run.history[column].notna().any()]
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #43ce8bd4

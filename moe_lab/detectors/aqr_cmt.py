@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from fastcore.basics import patch
 from nuscenes.eval.detection.constants import DETECTION_NAMES
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from ..aqr_modulate import AttentionBias, FeatureModulator, ObjectGuess, class_residual, guess_loss, spare_small, stage_statistics
 from ..aqr_render import Combine, GaussianRenderer, Postprocess
@@ -24,7 +24,7 @@ class AQRCMTParams(CMTParams):
     "What one may say about an AQR-CMT. The defaults are 003's repair (`aqr_fixed`)."
     generator: Literal["attention", "mlp"] = Field("attention", description="weights from attention over local windows, or from a perceptron (002, plan E)")
     generator_heads: int = Field(4, ge=1, description="attention heads of the generator; divides channels")
-    windows: tuple[int, int] = Field((5, 15), strict=False, description="cells to a side that a query looks at: LiDAR map, camera maps; odd")
+    windows: tuple[int, int] = Field((5, 15), strict=False, description="cells to a side that a query looks at: LiDAR map, camera maps; odd and positive")
     weight_bias: float = Field(2.0, description="first logit of every weight; 2 = 0.88")
     mode: Literal["modulate", "bias"] = Field("modulate", description="multiply features by painted weights, or add weights to the attention's logits")
     combine: Combine = Field("sum", description="sum of Gaussians (original), or their mean with a background of 1")
@@ -37,9 +37,18 @@ class AQRCMTParams(CMTParams):
     modulate_lidar: bool = Field(True, description="touch LiDAR features")
     modulate_camera: bool = Field(True, description="touch camera features; false = 002's plan B")
     size_adaptive: bool = Field(False, description="half the modulation for objects under 2 m (002, plan C)")
-    class_specific: bool = Field(False, description="another residual weight for each class (002, plan D)")
+    class_specific: bool = Field(False, description="residual weights of their own for some classes (002, plan D); others and background: residual_weight")
     nograd: bool = Field(False, description="cut the gradient in the renderer, as the original did")
     new_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the added modules")
+
+    @model_validator(mode="after")
+    def _paints(self):
+        if wrong := [size for size in self.windows if size < 1 or size % 2 == 0]: raise ValueError(f"windows {list(self.windows)}: a window has its query's cell in the middle, so its side is odd and positive; {wrong[0]} is not")
+        unused = dict(nograd=self.nograd, learn_sigma=self.learn_sigma, size_adaptive=self.size_adaptive, class_specific=self.class_specific, modulate_lidar=not self.modulate_lidar, modulate_camera=not self.modulate_camera)
+        if self.mode == "bias" and any(unused.values()):
+            name = next(name for name, used in unused.items() if used)
+            raise ValueError(f"{name}: {str(getattr(self, name)).lower()} does nothing with mode: bias, which paints no maps and touches no features; leave it out, or set mode to modulate")
+        return self
 
 # %% ../../nbs/lib/36_aqr_cmt.ipynb #4b71bad5
 def sensor_maps(
@@ -77,7 +86,7 @@ class AQRCMT(CMT):
             self.aqr["lidar"], self.aqr["camera"] = (GaussianRenderer(p.combine, p.postprocess, p.sigma, p.learn_sigma and used, p.max_weight_clamp, p.kernel, nograd=p.nograd)
                                                      for used in (p.modulate_lidar, p.modulate_camera))
             self.aqr["modulator"] = FeatureModulator(p.residual_weight, p.modulate_lidar, p.modulate_camera)
-            if p.class_specific: self.aqr["residual"] = GaussianRenderer("blend", "none", p.sigma, background=0.7)
+            if p.class_specific: self.aqr["residual"] = GaussianRenderer("blend", "none", p.sigma, background=p.residual_weight)
         self.seen = {}
 
     @property
@@ -116,14 +125,14 @@ def modulated(
     place = lambda painted: painted[:, 0] if features.ndim == 4 else painted
     if p.size_adaptive: weights = spare_small(weights, notes["guess"][1].exp())
     painted = notes["maps"][sensor] = place(renderer(weights, maps.places, maps.shape, maps.visible))
-    if p.class_specific: residual = place(self.aqr["residual"](class_residual(notes["guess"][0].sigmoid(), DETECTION_NAMES), maps.places, maps.shape, maps.visible))
+    if p.class_specific: residual = place(self.aqr["residual"](class_residual(notes["guess"][0].sigmoid(), DETECTION_NAMES, default=p.residual_weight), maps.places, maps.shape, maps.visible))
     after = self.aqr["modulator"](features, painted, sensor, residual)
     if self.training: self.seen |= stage_statistics(sensor, weights.detach(), painted.detach(), features.detach(), after.detach(), int(maps.visible.sum()), float(renderer.sigma.detach()))
     return after
 
 @patch
 def observe(self: AQRCMT) -> dict[str, float]:
-    "003's numbers of the last training step, once."
+    "003's numbers of the last training step, once. The training loop asks after every batch and writes down the mean over an epoch, of maxima too: one batch that explodes is averaged."
     seen, self.seen = self.seen, {}
     return seen
 
