@@ -6,6 +6,8 @@
 __all__ = ['HEALTHY', 'PHASES', 'aqr_bands', 'aqr_findings']
 
 # %% ../nbs/lib/43_aqr_health.ipynb #dab15580
+import math
+
 from .diagnose import ALARMS, Band, Finding, out_of_band
 
 # %% ../nbs/lib/43_aqr_health.ipynb #9d283fc6
@@ -15,17 +17,17 @@ HEALTHY = (
     Band("aqr/lidar/relative_change", 0.15, 0.25, "LiDAR features hardly touched, or damaged", "003"),
     Band("aqr/camera/relative_change", 0.15, 0.30, "camera features hardly touched, or damaged", "003"),
 )
-PHASES = (
-    (0.0, 0.1, Band("aqr/*/weight_mean", 0.85, 0.88, "weights do not begin with trust", "003")),
-    (0.15, 0.25, Band("aqr/*/weight_mean", 0.70, 0.75, "weights fall too slowly or too fast", "003")),
-    (0.5, 1.0, Band("aqr/*/weight_mean", 0.55, 0.65, "weights end outside of where 003 expects them", "003")),
+PHASES = ( # first and last epoch, counted from 1
+    (1, 2, Band("aqr/*/weight_mean", 0.85, 0.88, "weights do not begin with trust", "003")),
+    (3, 5, Band("aqr/*/weight_mean", 0.70, 0.75, "weights fall too slowly or too fast", "003")),
+    (10, math.inf, Band("aqr/*/weight_mean", 0.55, 0.65, "weights end outside of where 003 expects them", "003")),
 )
 
 def aqr_bands(
-    progress: float, # share of training that is done, 0..1
+    epoch: int, # counted from 1
 ) -> tuple[Band, ...]:
-    "003's healthy ranges at this point of training."
-    return HEALTHY + tuple(band for begin, end, band in PHASES if begin <= progress <= end)
+    "003's healthy ranges in an epoch."
+    return HEALTHY + tuple(band for begin, end, band in PHASES if begin <= epoch <= end)
 
 # %% ../nbs/lib/43_aqr_health.ipynb #e1a56645
 def aqr_findings(
@@ -33,5 +35,4 @@ def aqr_findings(
     alarms_only: bool = False, # without the healthy ranges
 ) -> list[tuple[int, Finding]]: # epoch, counted from 0, and what is outside
     "All that left its band over a run. Rows without AQR's numbers have nothing to say."
-    last = max(len(history) - 1, 1)
-    return [(epoch, finding) for epoch, row in enumerate(history) for finding in out_of_band(row, ALARMS if alarms_only else aqr_bands(epoch / last))]
+    return [(epoch, finding) for epoch, row in enumerate(history) for finding in out_of_band(row, ALARMS if alarms_only else aqr_bands(epoch + 1))]

@@ -236,9 +236,9 @@ def _shade(axes: Axes, band: Band, colour: str, begin: float, end: float) -> Non
 
 def _zones(column: str, first: int, last: int) -> list[tuple[Band, str, float, float]]:  # band, colour, from epoch, to epoch
     "All of 003's bands for a number: what is healthy in green, what raises an alarm in red."
-    begin, end, at = first - 0.1 * max(last - first, 1), last + 0.1 * max(last - first, 1), lambda share: first + share * (last - first)
+    begin, end = first - 0.1 * max(last - first, 1), last + 0.1 * max(last - first, 1)
     alarms = [(replace(band, low=low, high=high), PALETTE[3], begin, end) for band in ALARMS for low, high in ((-math.inf, band.low), (band.high, math.inf))]
-    phases = [(band, PALETTE[2], at(a) if a else begin, at(b) if b < 1 else end) for a, b, band in PHASES]
+    phases = [(band, PALETTE[2], a - 0.5 if a > 1 else begin, min(end, b + 0.5)) for a, b, band in PHASES if a - 0.5 < end]
     return [zone for zone in [*alarms, *((band, PALETTE[2], begin, end) for band in HEALTHY), *phases] if zone[0].applies(column, 1)]
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #d24fac09
