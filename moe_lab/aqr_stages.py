@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'TOLD', 'REPAIRED', 'BLEND', 'FIXES', 'BRIGHT', 'ROUND', 'Setting', 'one_at_a_time', 'step_by_step',
            'Layout', 'even_layout', 'painted', 'stages', 'stage_cells', 'trained', 'Look', 'look', 'plot_plan',
            'plot_views', 'at_the_end', 'begins', 'plot_stage', 'finding_rows', 'cut', 'gradient_norm', 'gradient_norms',
-           'leaning', 'shift', 'far_apart', 'leanings', 'told']
+           'leaning', 'shift', 'far_apart', 'leanings', 'oracle', 'told']
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #18b61fac
 import copy
@@ -33,7 +33,7 @@ from .boxes3d import bev_corners
 from .data.scene import CAMERAS
 from .detectors import build
 from .detectors.aqr_cmt import AQRCMT, sensor_maps
-from .detectors.cmt import Memory
+from .detectors.cmt import CMT, Adapted, Memory
 from .evaluate_nuscenes import degrade
 from .diagnose import Band
 from .report import INK, PALETTE, Paired, Run, compare, plural
@@ -343,6 +343,17 @@ def leanings(
 ) -> dict[str, dict[str, tuple[float, float]]]:  # 'none', 'lidar' or 'camera' fails -> `leaning`
     "What queries think of the sensors while they work, and when one of them fails."
     return {failing: leaning(model, batches, None if failing == "none" else failing) for failing in ("none", "lidar", "camera")}
+
+# %% ../nbs/lib/55_aqr_stages.ipynb #orc55b
+def oracle(
+    model: CMT,
+    sensor: str,  # that failed: lidar or camera
+) -> CMT:  # a copy, in evaluation mode
+    "The same detector, whose decoder sees nothing but zeros of a sensor."
+    told = copy.deepcopy(model).eval()
+    part = {"lidar": "bev", "camera": "views"}[sensor]
+    told.adapt = lambda memory, queries: Adapted(memory._replace(**{part: torch.zeros_like(getattr(memory, part))}), None, {})
+    return told
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #fe51f504
 def told(
