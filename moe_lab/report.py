@@ -383,11 +383,12 @@ def hexadecimal(
 # %% ../nbs/lib/50_report.ipynb #3d9b3767
 def plot_where(
     metrics: Mapping[str, float],  # flat metrics of one split
-) -> Figure:  # two panels
+) -> Figure:  # two panels, or one if the dataset has no conditions
     "AP50 by condition, AP by the area of the object."
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2))
-    plot_bars(ranked(group(metrics, "AP50/condition")), left, "AP50 by condition", CONDITION_COLOURS)
-    plot_bars({text: metrics[key] for key, text in SIZES.items() if metrics.get(key, -1) >= 0}, right, "AP by size of the object", PALETTE[2])
+    weather = ranked(group(metrics, "AP50/condition"))
+    figure, panels = plt.subplots(1, 2 if weather else 1, figsize=(7, 2), squeeze=False)
+    if weather: plot_bars(weather, panels[0, 0], "AP50 by condition", CONDITION_COLOURS)
+    plot_bars({text: metrics[key] for key, text in SIZES.items() if metrics.get(key, -1) >= 0}, panels[0, -1], "AP by size of the object", PALETTE[2])
     return figure
 
 # %% ../nbs/lib/50_report.ipynb #e136750d

@@ -89,7 +89,11 @@ def plot_conditions(
     axes: Axes,  # drawn into
     title: str = "",  # which run
 ) -> None:
-    "Conditions against experts as a heat map."
+    "Conditions against experts as a heat map; a note where the dataset does not tell its conditions."
+    if shares.empty:
+        axes.text(0.5, 0.5, "conditions unknown", ha="center", va="center", color=INK, transform=axes.transAxes)
+        axes.set_axis_off()
+        return
     label = np.vectorize(percent, otypes=[object])(shares.to_numpy())
     sns.heatmap(shares, ax=axes, annot=label, fmt="", cmap="crest", vmin=0, vmax=max(0.5, shares.to_numpy().max(initial=0)), cbar=False, linewidths=1,
                 linecolor=INK)
