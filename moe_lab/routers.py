@@ -123,9 +123,9 @@ class SelfAttentionRouter(Router):
 def scale_router_lr(
     groups: list[dict], # optimizer groups, as from `train.param_groups`
     model: nn.Module, # whose routers are meant
-    factor: float, # learning rate of routers / of the rest
+    factor: float, # learning rate of routers / of the run; replaces the `lr_scale` of the groups that they come from
 ) -> list[dict]: # the same parameters; those of routers in groups with `lr_scale`
-    "Optimizer groups in which the routers learn `factor` times as fast."
+    "Optimizer groups in which the routers learn at `factor` times the run's rate, whatever the rest of their groups learns at."
     routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
     pick = lambda group, inside: [p for p in group["params"] if (id(p) in routers) == inside]
     groups = [group | dict(params=pick(group, inside)) | (dict(lr_scale=factor) if inside else {}) for group in groups for inside in (False, True)]

@@ -21,6 +21,7 @@ from moe_lab.detectors.bevfusion import BEVFusion
 from moe_lab.detectors.camera_branch import BACKBONES, CameraBackbone
 from moe_lab.detectors.camera_pool import favourite_share
 from moe_lab.detectors.cbdes import CBDES
+from moe_lab.params import UserError
 from moe_lab.routers import CumulativeCountVariance
 from moe_lab.sparsity_report import load_claims, load_published
 
@@ -127,6 +128,25 @@ def test_a_pool_takes_over_everything_but_the_camera_backbone(camera_weight):
     assert all(torch.equal(value, pool.state_dict()[name]) for name, value in plain.state_dict().items() if name.split(".")[0] not in ("backbone", "neck"))
     terms = pool.train().loss(pool(toy_batch(1, size=(64, 64))), toy_batch(1, size=(64, 64)))
     assert ("camera" in terms) == bool(camera_weight) and "balance" in terms
+
+
+def test_every_expert_may_start_from_weights_of_its_own(tmp_path):
+    "`camera.pretrained` is for one kind of backbone; `pool.pretrained` for each, and comes first."
+    camera, donors = SMALL["camera"], {name: CameraBackbone(name, 8, [1, 1, 1, 1]).net for name in BACKBONES}
+    for name, net in donors.items(): net.save_pretrained(tmp_path / name)
+    inherits = lambda model, name: all(torch.equal(a, b) for a, b in zip(donors[name].parameters(), model.backbone.experts[name].backbone.net.parameters(), strict=True))
+    everyone = small(**MENDED | dict(pretrained={name: str(tmp_path / name) for name in BACKBONES}))
+    assert all(inherits(everyone, name) for name in BACKBONES)
+    start = SMALL | dict(camera=camera | dict(backbone="resnet", pretrained=str(tmp_path / "resnet")))
+    assert [inherits(CBDES(10, **start, pool=MENDED), name) for name in ("resnet", "pvt")] == [True, False]
+    with pytest.raises(UserError, match="no transformers checkpoint"): CBDES(10, **start, pool=MENDED | dict(pretrained=dict(resnet=str(tmp_path / "nothing"))))
+
+
+@pytest.mark.parametrize("options, says", [({"drop_path_rat": 0.2}, "did you mean drop_path_rate"), ({"hidden_sizes": [8]}, "set those")])
+def test_options_that_no_expert_knows_are_errors(options, says):
+    with pytest.raises(UserError, match=says): CBDES(10, **SMALL | dict(camera=SMALL["camera"] | dict(options=options)), pool=MENDED)
+    with pytest.raises(UserError, match=says): CameraBackbone("swin", 8, [1, 1, 1, 1], **options)
+    with pytest.raises(UserError, match="resnet has no such option"): CameraBackbone("resnet", 8, [1, 1, 1, 1], drop_path_rate=0.2)  # alone: nobody else knows it
 
 
 def test_standardised_logits_spread_the_choices():

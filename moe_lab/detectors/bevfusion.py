@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 import torch
 from fastcore.basics import patch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from ..bev import BEVGrid
 from ..boxes import Detections
 from ..boxes3d import corners
-from .camera_branch import Backbone, CameraBackbone, DepthLSS, LSSFPN
+from .camera_branch import Backbone, CameraBackbone, DepthLSS, LSSFPN, check_options
 from .layers import conv_norm, set_momentum
 from .lidar_branch import PillarEncoder, SECOND, SECONDFPN, SparseEncoder
 from .set_loss import mean_count
@@ -29,7 +29,7 @@ class CameraParams(Strict):
     backbone: Backbone = Field("swin", description="network from transformers: swin, resnet, convnext, pvt")
     width: int | None = Field(None, ge=8, description="channels of its first stage; null = as published")
     depths: list[int] | None = Field(None, description="layers of its four stages; null = as published")
-    options: dict[str, Any] = Field(default_factory=lambda: {"drop_path_rate": 0.2}, description="further keys of transformers' configuration")
+    options: dict[str, Any] = Field(default_factory=lambda: {"drop_path_rate": 0.2}, description="further keys of transformers' configuration; left out, resnet has none, since it knows no drop_path_rate")
     pretrained: str | None = Field(None, description="a transformers checkpoint of the published network")
     neck: int = Field(256, ge=8, description="channels of the feature pyramid")
     depths_range: tuple[float, float, float] = Field((1.0, 60.0, 0.5), strict=False, description="depths: first, end, step in metres")
@@ -37,6 +37,11 @@ class CameraParams(Strict):
     depth_input: Literal["image", "histogram"] = Field("image", description="how the depth net sees the LiDAR: as published, or counted by cell and depth")
     pool: int = Field(2, ge=1, description="how much finer the grid is on which features are pooled")
     channels: int = Field(80, ge=8, description="channels of the camera's BEV map")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_fit(cls, given: Any):
+        return given | {"options": {}} if isinstance(given, dict) and given.get("backbone") == "resnet" and "options" not in given else given
 
 class LidarParams(Strict):
     "The LiDAR branch."
@@ -237,6 +242,7 @@ def add_camera_heatmaps(self: BEVFusion) -> None:
 def make_camera_backbone(self: BEVFusion) -> nn.Module: # with `channels` of its three maps
     "What turns images into feature maps; another detector may put something else here."
     c = self.params.camera
+    check_options(c.options, c.backbone)
     return CameraBackbone(c.backbone, c.width, c.depths, c.pretrained, **c.options)
 
 @patch(as_prop=True)

@@ -15,15 +15,16 @@ from torch import Tensor
 from ..checkpoint import load_weights
 from ..data.scene import CAMERAS
 from .bevfusion import BEVFusion, BEVFusionParams, BEVOutputs
-from .camera_branch import Backbone, CameraBackbone
+from .camera_branch import Backbone, CameraBackbone, check_options, option_names
 from .camera_pool import Balance, BalanceLoss, CameraPool, balance_of, first_share, work_share
-from ..params import Strict
+from ..params import Strict, nearest
 from ..routers import balance_weight, dead_experts, routing_entropy, scale_router_lr
 
 # %% ../../nbs/lib/34_cbdes.ipynb #b152d0f8
 class PoolParams(Strict):
     "The pool of camera backbones."
     experts: list[Backbone] = Field(["swin", "resnet", "convnext", "pvt"], min_length=1, description="its backbones; with one there is nothing to route")
+    pretrained: dict[Backbone, str] = Field(default_factory=dict, description="transformers checkpoint of each expert that has one; an expert that is not named here takes camera.pretrained if it is camera.backbone")
     channels: int = Field(256, ge=8, description="of the projected and joined maps")
     projection: Literal["plain", "improved"] = Field("improved", description="to these channels: 1x1, or 1x1 to twice as many, norm, ReLU, 1x1, norm")
     fusion: Literal["sum", "gate"] = Field("sum", description="how maps are joined: weighted sum, or that times a learned gate")
@@ -35,12 +36,13 @@ class PoolParams(Strict):
     router_noise: float = Field(0.0, ge=0, description="standard deviation of noise on the routing logits in training")
     router_shrink: int = Field(1, ge=1, description="the router sees the image with sides divided by this")
     router_norm: bool = Field(False, description="standardise the routing logits over the data; ours, not in the documents")
-    router_lr_scale: float = Field(1.0, gt=0, description="factor on the router's learning rate")
+    router_lr_scale: float = Field(1.0, gt=0, description="router's learning rate / the run's; replaces backbone_lr_scale, which the experts have")
     inherit: bool = Field(False, description="the expert of the baseline's kind starts from its weights, when starting from a BEVFusion")
 
     @model_validator(mode="after")
     def _fits(self):
         if len(set(self.experts)) < len(self.experts): raise ValueError(f"experts {self.experts}: each kind once")
+        if strange := [name for name in self.pretrained if name not in self.experts]: raise ValueError(f"pretrained: {strange[0]} is no expert of this pool{nearest(strange[0], self.experts)}")
         if self.top_k and self.top_k > len(self.experts) > 1: raise ValueError(f"top_k is {self.top_k}, but there are only {len(self.experts)} experts")
         if self.balance_final and not self.balance_weight: raise ValueError("balance_final needs a balance_weight above 0")
         return self
@@ -79,7 +81,10 @@ class CBDES(BEVFusion):
     def make_camera_backbone(self) -> CameraPool:
         "The pool instead of one backbone."
         c, p = self.params.camera, self.params.pool
-        backbones = {name: CameraBackbone(name, c.width, c.depths, c.pretrained if name == c.backbone else None, **c.options) for name in p.experts}
+        check_options(c.options, *dict.fromkeys((*p.experts, c.backbone)))
+        options = {name: {key: value for key, value in c.options.items() if key in option_names(name)} for name in p.experts}
+        start = {c.backbone: c.pretrained} | p.pretrained
+        backbones = {name: CameraBackbone(name, c.width, c.depths, start.get(name), **options[name]) for name in p.experts}
         return CameraPool(backbones, p.channels, p.top_k, p.projection, p.fusion, p.router_noise, p.router_shrink, p.router_norm)
 
     def camera_maps(self, images: Tensor) -> list[Tensor]:
