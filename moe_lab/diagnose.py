@@ -139,7 +139,7 @@ def out_of_band(
 
 # %% ../nbs/lib/42_diagnose.ipynb #88790eec
 class RoutingRecorder:
-    "Notes the routing of every image; called with each batch and its outputs."
+    "Notes the routing of every image, most trusted expert first; called with each batch and its outputs."
 
     def __init__(self): self.records = []
 
@@ -151,7 +151,8 @@ class RoutingRecorder:
         routing = getattr(outputs, "routing", None)
         if routing is None: return
         about = getattr(outputs, "routed", None) or batch
-        columns = (routing.indices, routing.weights.double().cpu(), routing.probs.double().cpu())
+        weights, order = routing.weights.double().cpu().sort(dim=-1, descending=True, stable=True)
+        columns = (routing.indices.cpu().gather(-1, order), weights, routing.probs.double().cpu())
         for image_id, condition, experts, weights, probs in zip(about["image_ids"], about["conditions"], *(c.tolist() for c in columns)):
             self.records.append(dict(image_id=image_id, condition=condition, experts=experts,
                                      weights=[round(w, 5) for w in weights], probs=[round(p, 5) for p in probs]))

@@ -199,6 +199,7 @@ def _run_one_by_one(experts, x, weights, work):
 def _is_plain(expert):
     "Whether nothing but the parameters of this expert matters."
     if type(expert) is not FeedForwardExpert or type(expert.up) is not nn.Linear or type(expert.down) is not nn.Linear: return False
+    if expert.up.bias is None or expert.down.bias is None or any("forward" in vars(m) for m in (expert, expert.up, expert.down)): return False
     return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (expert, expert.up, expert.down))
 
 def _alike(experts):

@@ -118,6 +118,55 @@ def test_nan_loss_says_where_and_leaves_earlier_results(tmp_path):
     assert toy.contents(tmp_path / "out") == before
 
 
+class NoGradient(torch.autograd.Function):
+    """Passes a loss on, and NaN back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+class NanGradient(toy.CellDetector):
+    """A detector whose losses are always finite; the gradient is NaN at the given call of `loss`."""
+
+    def __init__(self, call):
+        super().__init__(2)
+        self.calls, self.call = 0, call
+
+    def loss(self, outputs, batch):
+        self.calls += 1
+        terms = super().loss(outputs, batch)
+        return {**terms, "box": NoGradient.apply(terms["box"])} if self.calls == self.call else terms
+
+
+@pytest.mark.parametrize("call, changes, where", [
+    (9, {}, r"epoch 3, step 3"),  # the last of all steps, after which no loss would tell
+    (4, dict(clip_norm=0.0, ema_decay=0.0), r"epoch 2, step 1"),
+    (1, dict(batch_size=4, nominal_batch=8), r"epoch 1, step 2"),  # accumulated: noticed at the step, with the images of both batches
+])
+def test_nan_gradient_says_where_and_leaves_earlier_results(call, changes, where, world, tmp_path):
+    toy.run(world, tmp_path / "out")
+    before = toy.contents(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"runs\.toy: {where}: the losses are finite, but the norm of their gradient is nan on images (\d+, ){{7}}\d+; try a lower"):
+        toy.run(world, tmp_path / "out", model=NanGradient(call), **changes)
+    assert toy.contents(tmp_path / "out") == before
+
+
+def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path):
+    class Spoilt(toy.CellDetector):
+        def observe(self):  # after the step
+            torch.nn.init.constant_(self.head.bias, float("inf"))
+            return {}
+
+    with pytest.raises(UserError, match=r"runs\.toy: epoch 1: 'head\.bias' is not finite any more; nothing is saved"):
+        toy.run(world, tmp_path / "out", tmp_path / "resume", model=Spoilt(2), save_seconds=1e9, ema_decay=0.0, batch_size=24)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "resume").exists()
+
+
 def full_disk(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 

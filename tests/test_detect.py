@@ -128,6 +128,18 @@ def test_grey_and_transparent_images(tmp_path):
     assert command(source=tmp_path / "in", out=tmp_path / "out")[0] == 0
 
 
+@pytest.mark.parametrize("size", [(4000, 3), (3, 4000), (1, 1)])
+def test_a_line_of_pixels(size, tmp_path):
+    "An image that the network sees less than a pixel of costs nobody's records."
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", size, "white").save(tmp_path / "in" / "line.png")
+    shutil.copy("images/1.jpg", tmp_path / "in")
+    code, output = command("--conf", str(LOW), source=tmp_path / "in", out=tmp_path / "out")
+    assert code == 0, output
+    images = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [(i["file_name"], i["width"], i["height"]) for i in images] == [("1.jpg", 96, 64), ("line.png", *size)]
+
+
 def test_broken_files_cost_only_themselves(tmp_path):
     shutil.copytree("images", tmp_path / "in")
     whole = (tmp_path / "in" / "1.jpg").read_bytes()

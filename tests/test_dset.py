@@ -237,7 +237,7 @@ def test_resume_across_the_schedule(tmp_path):
 
     def model():
         torch.manual_seed(3)
-        return DSET(2, **TINY | dict(decoder_layers=1, queries=10), keep=.5, prune_warmup=3, encoder_experts=2, memory_keep=[.5, 1, 1], sparse_fusion=True)
+        return DSET(2, **TINY | dict(decoder_layers=1, queries=10), keep=.5, prune_warmup=3, encoder_experts=2, encoder_top_k=1, memory_keep=[.5, 1, 1], sparse_fusion=True)
 
     class Stop(Exception):
         pass

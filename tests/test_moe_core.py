@@ -184,6 +184,20 @@ def test_layer_equals_the_naive_loop(problem, counting, activation):
     assert sum(layer.counts) == tokens * top_k and layer.counts == torch.bincount(layer.routing.indices.flatten(), minlength=experts).tolist()
 
 
+@pytest.mark.parametrize("part", ["", "up", "down"])
+def test_a_forward_put_in_place_of_another_is_obeyed(part):
+    """As adapters do (LoRA); and a linear layer without bias is an expert like any other."""
+    layer = make_layer(3, 2, 1)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    before = layer(x)
+    patched = layer.experts[0].get_submodule(part)
+    patched.forward = lambda value, usual=patched.forward: usual(value) + 1
+    torch.testing.assert_close(layer(x), naive(layer, x))
+    assert not torch.equal(layer(x), before)
+    for expert in layer.experts: expert.up.bias = None
+    torch.testing.assert_close(layer(x), naive(layer, x))
+
+
 @for_all(problems(), st.sampled_from(sorted(ACTIVATIONS)))
 def test_float32_is_within_a_millionth(problem, activation):
     tokens, experts, top_k, seed = problem

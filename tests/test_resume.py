@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import toy
+
+from moe_lab import checkpoint
 
 HERE = Path(__file__).parent
 
@@ -25,17 +28,20 @@ def test_killed_and_started_again(world, reference, tmp_path):
         assert not (Path(folder) / "resume").exists(), name
 
 
+class Stop(Exception):
+    pass
+
+
+def stop(line):
+    if line.startswith("epoch 2"):
+        raise Stop
+
+
 @pytest.fixture
 def interrupted(world, tmp_path):
     """A resume folder left by a run that stopped in its second epoch."""
-    class Stop(Exception):
-        pass
-
-    def log(line):
-        if line.startswith("epoch 2"):
-            raise Stop
     with pytest.raises(Stop):
-        toy.run(world, tmp_path / "out", tmp_path / "resume", log=log)
+        toy.run(world, tmp_path / "out", tmp_path / "resume", log=stop)
     assert not (tmp_path / "out").exists()
     return tmp_path
 
@@ -43,9 +49,26 @@ def interrupted(world, tmp_path):
 def test_state_of_other_parameters_is_not_used(world, interrupted):
     lines = []
     toy.run(world, interrupted / "out", interrupted / "resume", log=lines.append, lr=0.01)
-    assert lines[0] == "[resume] parameters, code or data changed since the interrupted run; starting afresh"
+    assert lines[0] == "[resume] parameters, code, data or first weights changed since the interrupted run; starting afresh"
     toy.run(world, interrupted / "fresh", lr=0.01)
     assert toy.contents(interrupted / "out") == toy.contents(interrupted / "fresh")
+
+
+def test_state_of_other_first_weights_is_not_used(world, tmp_path):
+    """The same command goes on only while its start file holds the same weights."""
+    start, lines = tmp_path / "start.safetensors", []
+
+    def begin(value, **more):
+        torch.manual_seed(0)
+        model = toy.CellDetector(2)
+        torch.nn.init.constant_(model.head.bias, value)
+        checkpoint.save(start, model.state_dict())
+        toy.run(world, tmp_path / "out", tmp_path / "resume", model=model, files=[start], **more)
+
+    for value in (0.1, 0.1, 0.2):
+        with pytest.raises(Stop):
+            begin(value, log=lambda line: (lines.append(line), stop(line)))
+    assert [line.split("; ")[-1].split(" in ")[0] for line in lines if "resume" in line] == ["[resume] going on", "starting afresh"]
 
 
 def test_damaged_state_is_not_used(world, reference, interrupted):

@@ -87,7 +87,7 @@ def settings(**changes) -> RunParams:
                      train=TrainParams(**recipe | changes), evaluate=EvalParams(batch_size=8))
 
 
-def run(root: Path, out: Path, resume: Path | None = None, save_seconds: float = 0.0, log=lambda line: None, model=None, **changes) -> dict:
+def run(root: Path, out: Path, resume: Path | None = None, save_seconds: float = 0.0, log=lambda line: None, model=None, files=(), **changes) -> dict:
     """What the training notebook does, in short: train, judge, write metrics, predictions, history and checkpoint."""
     params = settings(**changes)
     make_deterministic(params.seed, 1)
@@ -98,7 +98,7 @@ def run(root: Path, out: Path, resume: Path | None = None, save_seconds: float =
     loader = make_loader(sets["train"], params.train.batch_size, shuffle=True, seed=params.seed, **share)
     evaluate = lambda model, epoch: evaluate_coco(truth, predict(model, judged, params.evaluate), detail=False).metrics
     model = model or CellDetector(len(sets["train"].names))
-    trained = train(model, loader, params, out, resume, evaluate, run="toy", files=[sets["train"].annotations], save_seconds=save_seconds, log=log)
+    trained = train(model, loader, params, out, resume, evaluate, run="toy", files=[sets["train"].annotations, *files], save_seconds=save_seconds, log=log)
     results = predict(trained.best, judged, params.evaluate)
     metrics = evaluate_coco(truth, results, dict(zip(sets["val"].image_ids, sets["val"].conditions))).rounded()
     checkpoint.write_json(out / "metrics.json", metrics)

@@ -96,13 +96,18 @@ def place(
     return replace(move(inside, 1, x1, y1), image=canvas)
 
 # %% ../../nbs/lib/21_data_augment.ipynb #ee995f73
+def _shown(image_size: tuple[int, int], scale: float) -> list[int]:
+    "Height and width after scaling; a very narrow image keeps a line of pixels."
+    return [max(1, round(side * scale)) for side in image_size]
+
+
 def fit(
     image_size: tuple[int, int],  # (height, width) of the image
     size: tuple[int, int],  # (height, width) of the network input
 ) -> tuple[float, float, float]:  # scale, pad_x, pad_y
     "The letterbox that shows the whole image as large as possible, in the middle."
     scale = min(size[0] / image_size[0], size[1] / image_size[1])
-    height, width = (round(side * scale) for side in image_size)
+    height, width = _shown(image_size, scale)
     return scale, float((size[1] - width) // 2), float((size[0] - height) // 2)
 
 # %% ../../nbs/lib/21_data_augment.ipynb #978861e9
@@ -114,7 +119,7 @@ def letterbox(
     height, width = labelled.image.shape[:2]
     scale, x, y = fit((height, width), size)
     canvas = np.full((*size, 3), GREY, np.uint8)
-    new_h, new_w = round(height * scale), round(width * scale)
+    new_h, new_w = _shown((height, width), scale)
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     image = labelled.image if scale == 1 else cv2.resize(labelled.image, (new_w, new_h), interpolation=how)
     canvas[int(y) : int(y) + new_h, int(x) : int(x) + new_w] = image

@@ -65,6 +65,8 @@ class DSETParams(PruningParams):
         for where in ("encoder", "decoder"):
             experts, top_k = getattr(self, f"{where}_experts"), getattr(self, f"{where}_top_k")
             if 0 < experts < top_k: raise ValueError(f"{where}_top_k is {top_k}, but there are only {experts} experts")
+            if experts and experts == top_k and self.balance_weight != 0:
+                raise ValueError(f"{where}_top_k is {top_k} of {experts} experts: with all of them in use the balance loss is constant. Set balance_weight to 0, or a smaller {where}_top_k")
         return self
 
 # %% ../../nbs/lib/37_dset.ipynb #8fbf7e26

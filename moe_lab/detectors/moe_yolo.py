@@ -40,6 +40,8 @@ class MoEYOLOParams(YOLOv7Params):
     @model_validator(mode="after")
     def _enough_experts(self):
         if self.top_k and self.top_k > self.num_experts: raise ValueError(f"top_k is {self.top_k}, but there are only {self.num_experts} experts")
+        if self.balance_weight and self.top_k in (None, self.num_experts):
+            raise ValueError(f"balance_weight is {self.balance_weight}, but each image goes to all {self.num_experts} experts: the balance loss is constant. Set balance_weight to 0, or a smaller top_k")
         return self
 
 # %% ../../nbs/lib/33_moe_yolo.ipynb #bb3d29fc
@@ -237,7 +239,7 @@ def detect(
     weights = outputs.routing.weights.float()
     found = [[None] * weights.shape[1] for _ in weights]
     for pair, image, slot in zip(pairs, outputs.image.tolist(), outputs.slot.tolist()): found[image][slot] = pair
-    if self.fusion == "best" or weights.shape[1] == 1: joined = [image[0] for image in found]
+    if self.fusion == "best" or weights.shape[1] == 1: joined = [image[best] for image, best in zip(found, weights.argmax(1).tolist())]
     elif self.fusion == "nms": joined = fuse_nms(found, evaluate)
     else: joined = fuse_wbf(found, weights, tuple(8 * side for side in outputs.maps[0].shape[2:4]), self.params)
     return in_original([d.best(evaluate.max_detections) for d in joined], batch)
