@@ -60,7 +60,7 @@ def training_parameters(
     "Check the parameter file and the run's name before a kernel starts. What only the detector knows, its `model` section, the notebook checks first of all."
     from moe_lab.params import load
     params = load(params_file, others.pop("profile", None), only=[])
-    if others.get("start") and not others["start"].is_file():
+    if others.get("start") and not Path(others["start"]).is_file():
         raise UserError(f"--start {others['start']}: no such checkpoint; give the .safetensors file of a training or of `moe-lab import-yolov7`")
     here = lambda path: Path(os.path.relpath(path, notebook.parent)).as_posix()
     others = {name: here(value) if isinstance(value, Path) else value for name, value in others.items() if value is not None}

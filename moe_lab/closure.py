@@ -24,21 +24,23 @@ PACKAGE = "moe_lab"
 
 def package_modules(
     root: Path = Path("."),  # the checkout
-) -> dict[str, Path]:  # module name -> file
-    "Every module of the package, without the generated `__init__` and index files."
+) -> dict[str, Path]:  # module name -> file; a package that holds code is `<its name>.__init__`
+    "Every module of the package, without generated index files and `__init__` files that hold no code."
     files = sorted((Path(root) / PACKAGE).rglob("*.py"))
-    return {".".join(f.relative_to(root).with_suffix("").parts): f for f in files if not f.name.startswith("_")}
+    coded = [f for f in files if not f.name.startswith("_") or (f.name == "__init__.py" and f.parent.name != PACKAGE and f.stat().st_size)]
+    return {".".join(f.relative_to(root).with_suffix("").parts): f for f in coded}
 
 # %% ../nbs/lib/61_closure.ipynb #436b108b
 def _import_targets(node: ast.AST, package: list[str]) -> list[str]:
     "Full dotted names that an import statement may refer to; `package` holds the parts of the module's own name."
     if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
+        return [name for alias in node.names for name in (alias.name, f"{alias.name}.__init__")]
     if not isinstance(node, ast.ImportFrom):
         return []
     base = package[: -node.level] if node.level else []
     stem = ".".join(base + ([node.module] if node.module else []))
-    return [stem] + [f"{stem}.{alias.name}" for alias in node.names]
+    names = [stem] + [f"{stem}.{alias.name}" for alias in node.names]
+    return names + [f"{name}.__init__" for name in names]
 
 # %% ../nbs/lib/61_closure.ipynb #bebf3767
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
@@ -106,6 +108,15 @@ def stage_closures(
     return stages | {stage: closure(notebook_imports(notebook, modules), modules) for stage, notebook in readers.items()}
 
 # %% ../nbs/lib/61_closure.ipynb #0407f805
+def _hashed(file: Path) -> bytes:
+    "The code of a module that results depend on: all of it, but for the registry in an `__init__`."
+    code = file.read_bytes()
+    if file.name != "__init__.py":
+        return code
+    tables = [line for line in ast.parse(code).body if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "REGISTRY"]
+    left_out = {number for table in tables for number in range(table.lineno, table.end_lineno + 1)}
+    return b"".join(line for number, line in enumerate(code.splitlines(keepends=True), 1) if number not in left_out)
+
 def closure_text(
     names: Iterable[str],  # module names
     root: Path = Path("."),  # the checkout
@@ -113,7 +124,7 @@ def closure_text(
     "Hash and path of each module, as the text of a closure file."
     modules = package_modules(root)
     files = [modules[name] for name in names]
-    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()[:16]}  {f.relative_to(root).as_posix()}" for f in files]
+    lines = [f"{hashlib.sha256(_hashed(f)).hexdigest()[:16]}  {f.relative_to(root).as_posix()}" for f in files]
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/lib/61_closure.ipynb #7fbbabc7

@@ -48,30 +48,56 @@ def _complete(annotation: dict) -> dict:
     return {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
 
 
+def _content(source: str | Path | dict | COCO) -> dict:
+    "The content of an instances file; lists may be shared with `source`. `UserError` if there is no such file."
+    if not isinstance(source, (str, Path)):
+        return dict(source.dataset if isinstance(source, COCO) else source)
+    try:
+        return json.loads(Path(source).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such annotation file; give a COCO instances file") from None
+    except ValueError as e:
+        raise UserError(f"{source}: not valid JSON ({e}); the file is damaged or cut short, copy it again") from None
+
+# %% ../nbs/lib/41_evaluate.ipynb #8c17d3e0
 def load_ground_truth(
     source: str | Path | dict | COCO,  # an instances file, its content, or a loaded one
     image_ids: Iterable[int] | None = None,  # judge only these
 ) -> COCO:
-    "Annotations in pycocotools' own form."
-    if isinstance(source, COCO):
-        return source
-    data = json.loads(Path(source).read_bytes()) if isinstance(source, (str, Path)) else copy.deepcopy(source)
-    wanted = {i["id"] for i in data["images"]} if image_ids is None else set(image_ids)
-    data["images"] = [i for i in data["images"] if i["id"] in wanted]
-    data["annotations"] = [_complete(a) for a in data["annotations"] if a["image_id"] in wanted]
-    truth = COCO()
-    truth.dataset = data
-    with quiet():
-        truth.createIndex()
+    "Annotations in pycocotools' own form. `UserError` for a missing or broken file, and for an annotation with id 0."
+    truth, data = source, {}
+    if not isinstance(source, COCO) or image_ids is not None:
+        data = _content(source)
+        wanted = {i["id"] for i in data["images"]} if image_ids is None else set(image_ids)
+        data["images"] = [i for i in data["images"] if i["id"] in wanted]
+        data["annotations"] = [_complete(a) for a in data["annotations"] if a["image_id"] in wanted]
+        truth = COCO()
+        truth.dataset = data
+        with quiet():
+            truth.createIndex()
+    if 0 in truth.anns:
+        name = source if isinstance(source, (str, Path)) else "ground truth"
+        raise UserError(f"{name}: annotations: id 0 is in use; pycocotools counts matches with it as misses, number from 1")
     return truth
 
 # %% ../nbs/lib/41_evaluate.ipynb #fff94c22
+def _check_results(truth: COCO, results: list[dict]) -> None:
+    "`UserError` for results of unknown images or categories, and for numbers that are not finite."
+    for key, known, kind, hint in (("image_id", truth.imgs, "images", "are they of another split?"),
+                                   ("category_id", truth.cats, "categories", "are they class indices instead of ids?")):
+        unknown = {r[key] for r in results} - set(known)
+        if unknown:
+            raise UserError(f"results: {key} {min(unknown)} is not in the ground truth ({len(unknown)} such {kind}); {hint}")
+    numbers = np.array([(*r["bbox"], r["score"]) for r in results], np.float64).reshape(-1, 5)
+    odd = np.flatnonzero(~np.isfinite(numbers).all(1))
+    if len(odd):
+        first = results[odd[0]]
+        raise UserError(f"results[{odd[0]}]: bbox {first['bbox']}, score {first['score']}: not finite ({len(odd)} such results); remove them, or look at the weights they come from")
+
+
 def _with_results(truth: COCO, results: list[dict]) -> COCO:
     "The detections in pycocotools' form; also when there are none."
-    unknown = {r["image_id"] for r in results} - set(truth.imgs)
-    if unknown:
-        count = f"{len(unknown)} such images"
-        raise UserError(f"results: image_id {min(unknown)} is not in the ground truth ({count}); are they of another split?")
+    _check_results(truth, results)
     if results:
         with quiet():
             return truth.loadRes(copy.deepcopy(results))
@@ -155,7 +181,7 @@ def evaluate_coco(
     image_ids: Iterable[int] | None = None,  # judge only these images
     detail: bool = True,  # by size, class and condition, with curves
 ) -> Result:
-    "COCO's metrics by pycocotools. `UserError` for results of unknown images."
+    "COCO's metrics by pycocotools. `UserError` for results of unknown images or categories, and for numbers that are not finite."
     truth = load_ground_truth(ground_truth, image_ids)
     judge = match(truth, results, by_area=detail)
     metrics = _summary(judge, [name for name, (_, _, area, _) in SUMMARY.items() if detail or area == "all"])

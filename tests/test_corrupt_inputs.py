@@ -1,5 +1,6 @@
 """Whatever is wrong with the input or the disk, one line says what, where and what to do; earlier results stay as they were."""
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from moe_lab import checkpoint
 from moe_lab.data.coco import CocoDetection
+from moe_lab.evaluate import evaluate_coco, load_ground_truth
 from moe_lab.params import UserError
 
 
@@ -165,6 +167,36 @@ def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path):
     with pytest.raises(UserError, match=r"runs\.toy: epoch 1: 'head\.bias' is not finite any more; nothing is saved"):
         toy.run(world, tmp_path / "out", tmp_path / "resume", model=Spoilt(2), save_seconds=1e9, ema_decay=0.0, batch_size=24)
     assert not (tmp_path / "out").exists() and not (tmp_path / "resume").exists()
+
+
+RESULT = dict(image_id=1, category_id=3, bbox=[1.0, 2, 30, 20], score=0.5)
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(image_id=77), r"results: image_id 77 is not in the ground truth \(1 such images\)"),
+    (dict(category_id=2), r"results: category_id 2 is not in the ground truth .* class indices instead of ids"),
+    (dict(score=float("nan")), r"results\[1\]: bbox .*, score nan: not finite \(1 such"),
+    (dict(bbox=[1, float("inf"), 2, 2]), r"results\[1\]: bbox \[1, inf, 2, 2\], score 0.5: not finite"),
+])
+def test_results_that_cannot_be_judged(change, expected, world):
+    with pytest.raises(UserError, match=expected):
+        evaluate_coco(world / "annotations/instances_val.json", [RESULT, RESULT | change])
+
+
+def test_ground_truth_that_cannot_judge(tmp_path):
+    with pytest.raises(UserError, match="none.json: no such annotation file"):
+        evaluate_coco(tmp_path / "none.json", [RESULT])
+    root = damaged(tmp_path / "d", BROKEN["annotation id 0"][0])
+    with pytest.raises(UserError, match=r"instances_train.json: annotations: id 0 is in use; .* number from 1"):
+        evaluate_coco(root / "annotations/instances_train.json", [RESULT])
+
+
+def test_only_some_images_are_judged_whatever_the_ground_truth_is(world):
+    path = world / "annotations/instances_val.json"
+    results = [RESULT | dict(image_id=i, score=i / 9) for i in (1, 2, 3)]
+    asked = [evaluate_coco(truth, results, image_ids=[1, 2, 3]) for truth in (path, json.loads(path.read_text()), load_ground_truth(path))]
+    assert asked[0] == asked[1] == asked[2] and asked[0].counts["images"] == 3
+    assert evaluate_coco(path, []).metrics["AP"] == 0
 
 
 def full_disk(*args):

@@ -1,17 +1,23 @@
 """kill -9 at any moment, run again: the results are bit-identical to those of a run that was left alone."""
+import copy
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import toy
+from typer.testing import CliRunner
 
 from moe_lab import checkpoint
+from moe_lab.cli import app
+from moe_lab.params import UserError
 
 HERE = Path(__file__).parent
+NOTEBOOK = HERE.parent / "nbs/pipeline/train.ipynb"
 
 
 def test_killed_and_started_again(world, reference, tmp_path):
@@ -86,3 +92,43 @@ def test_progress_is_the_same_whether_interrupted_or_not(world, interrupted):
     toy.run(world, interrupted / "alone", log=alone.append)
     assert resumed[0].startswith("[resume] going on in epoch 2")
     assert resumed[1:] == alone
+
+
+def before_training(monkeypatch, **given) -> dict:
+    """Names of the training notebook, whose cells ran with these parameters up to the training itself, which is only asked with what."""
+    cells = [c["source"] for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code"]
+    last = next(k for k, code in enumerate(cells) if "trained = train(" in code)
+    names = {}
+    monkeypatch.chdir(NOTEBOOK.parent)
+    monkeypatch.setattr("moe_lab.train.train", lambda *args, **asked: names.update(asked))
+    for code in cells[: last + 1]:
+        if "draw_batch" not in code and "parameter_ledger(" not in code:
+            exec(code, names)
+        if code.startswith('run = "'):
+            names |= given
+    return names
+
+
+def test_a_start_file_is_used_whatever_init_from_says(monkeypatch, tmp_path):
+    """Also where the run is from scratch; and the file belongs to the state of an interrupted run."""
+    given = dict(run="yolov7_tiny", out=str(tmp_path), start="")
+    fresh = before_training(monkeypatch, **given)
+    assert all(Path(file).suffix == ".json" for file in fresh["files"])
+    other = copy.deepcopy(fresh["model"])
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.5)
+    start = tmp_path / "other.safetensors"
+    checkpoint.save(start, other.state_dict())
+    begun = before_training(monkeypatch, **given | dict(start=str(start)))
+    assert all(torch.equal(a, b) for a, b in zip(begun["model"].state_dict().values(), other.state_dict().values()))
+    assert begun["files"] == [*fresh["files"], start]
+    with pytest.raises(UserError, match="none.safetensors: no such checkpoint"):
+        before_training(monkeypatch, **given | dict(start=str(tmp_path / "none.safetensors")))
+
+
+def test_a_start_file_that_is_not_there_is_one_line():
+    words = ["run", str(NOTEBOOK), "--run", "yolov7_tiny", "--params-file", str(HERE.parent / "params.yaml"), "--start", "none.safetensors"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1 and result.output.count("\n") == 1
+    assert result.output.startswith("moe-lab: --start none.safetensors: no such checkpoint")
