@@ -321,6 +321,7 @@ def export(
     from moe_lab.params import load
     model, saved = load_detector(find_checkpoint(run, known=list(load(params_file, only=[]).runs)))
     target = out or Path(f"{run}.onnx")
+    if not target.parent.is_dir(): raise UserError(f"--out {target}: no such folder; create it, or name another file")
     export_onnx(model, target, saved.image_size, dense_experts=dense_experts)
     console.print(f"  {target}", style="dim", highlight=False)
 

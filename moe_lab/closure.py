@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
-           'write_closures', 'plan_text', 'write_plans']
+           'write_closures', 'plan_text', 'check_pipeline', 'write_plans']
 
 # %% ../nbs/lib/61_closure.ipynb #dd94b532
 import ast
 import functools
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Iterable, Iterator
+
+from ruamel.yaml import YAML
 
 from .detectors import REGISTRY
 from .judges import JUDGES
@@ -158,6 +161,19 @@ def plan_text(
     lines = sorted({line for code in codes for line in code.read_text(encoding="utf-8").splitlines()}, key=lambda line: line.split()[-1])
     return "\n".join(lines) + "\n" + json.dumps(settings, indent=1, sort_keys=True) + "\n"
 
+# %% ../nbs/lib/61_closure.ipynb #c4ec9a00
+def check_pipeline(
+    params: Params,
+    pipeline: Path,  # dvc.yaml
+) -> None:
+    "`UserError` for a run that the pipeline cannot have: by its name, or because no stage hashes its dataset. DVC would speak of a missing file in build/."
+    hashed = [f"data/{name}" for name in YAML(typ="safe").load(pipeline.read_text(encoding="utf-8"))["stages"]["data"]["foreach"]]
+    for name, run in params.runs.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(f"runs: {name!r} cannot be the name of a stage; use letters, digits, _ and -")
+        if run.data.root not in hashed:
+            raise UserError(f"runs.{name}.data.root: {run.data.root}: no stage of {pipeline} hashes this dataset; put it below data/ and its name in the list of the stage `data` ({', '.join(hashed)})")
+
 # %% ../nbs/lib/61_closure.ipynb #39ce4f4a
 def write_plans(
     params_file: Path,  # parameter file
@@ -167,7 +183,8 @@ def write_plans(
     any_seed: bool = False,  # leave the seed out
 ) -> list[Path]:  # one file a run
     "Write the plan of every run."
-    params = load(params_file, profile)
+    params, pipeline = load(params_file, profile), Path(params_file).parent / "dvc.yaml"
+    if pipeline.is_file(): check_pipeline(params, pipeline)
     shutil.rmtree(out, ignore_errors=True)
     Path(out).mkdir(parents=True)
     for name in params.runs:
