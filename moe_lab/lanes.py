@@ -202,6 +202,7 @@ def all_done(
     say_left_out(skipped, say)
     return []
 
+# %% ../nbs/lib/65_lanes.ipynb #e49c6ef2
 def run_stale(
     first: list[str],  # stages that may change what has to run
     target: str,  # a pipeline file
