@@ -36,7 +36,7 @@ class PoolParams(Strict):
     router_noise: float = Field(0.0, ge=0, description="standard deviation of noise on the routing logits in training")
     router_shrink: int = Field(1, ge=1, description="the router sees the image with sides divided by this")
     router_norm: bool = Field(False, description="standardise the routing logits over the data; ours, not in the documents")
-    router_lr_scale: float = Field(1.0, gt=0, description="router's learning rate / the run's; replaces backbone_lr_scale, which the experts have")
+    router_lr_scale: float = Field(1.0, gt=0, description="router's learning rate / that of its experts, which is backbone_lr_scale times the run's")
     inherit: bool = Field(False, description="the expert of the baseline's kind starts from its weights, when starting from a BEVFusion")
 
     @model_validator(mode="after")
@@ -141,7 +141,7 @@ def param_groups(
     train # TrainParams, for its weight_decay
 ) -> list[dict]: # for any torch optimiser
     "As in BEVFusion; the router learns at a rate of its own."
-    return scale_router_lr(BEVFusion.param_groups(self, train), self, self.params.pool.router_lr_scale)
+    return scale_router_lr(BEVFusion.param_groups(self, train), self, self.params.backbone_lr_scale * self.params.pool.router_lr_scale)
 
 @patch
 def on_epoch(
