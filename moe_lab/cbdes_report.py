@@ -7,11 +7,11 @@ __all__ = ['SEVERITIES', 'OVERALL', 'FAILURES', 'severity', 'Change', 'change', 
            'values', 'classes_of', 'pair_rows', 'class_rows', 'published_changes', 'published_rows',
            'plot_routing_loss', 'say_of', 'first_choices', 'plot_work', 'plot_expert_course', 'preferred', 'choices_by',
            'knows', 'Test', 'tested', 'recommendation_verdict', 'recommendation_rows', 'learning_rates',
-           'balance_course', 'readings', 'missing_rows', 'price_rows', 'telling_samples']
+           'balance_course', 'mean_course', 'readings', 'missing_rows', 'price_rows', 'telling_samples']
 
 # %% ../nbs/lib/55_cbdes_report.ipynb #14d32425
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -310,6 +310,15 @@ def balance_course(
 ) -> list[float]:  # one an epoch
     "The weight of the balance loss in each epoch."
     return [(model.on_epoch(epoch, epochs), model.balance_now)[1] for epoch in range(epochs)]
+
+# %% ../nbs/lib/55_cbdes_report.ipynb #b6e74114
+def mean_course(
+    histories: Iterable[pd.DataFrame],  # one a seed, one row an epoch
+    column: str,  # 'val/mAP'
+) -> pd.Series:  # epoch -> mean; epochs that every seed has
+    "A column of the history, averaged over seeds."
+    rows = [history.set_index("epoch")[column] for history in histories if column in history]
+    return pd.concat(rows, axis=1).dropna().mean(axis=1) if rows else pd.Series(dtype=float)
 
 # %% ../nbs/lib/55_cbdes_report.ipynb #7d871991
 FAILURES = {"no cameras": "camera", "no front camera": "CAM_FRONT", "no LiDAR": "lidar", "a quarter of the points": "lidar/4"}

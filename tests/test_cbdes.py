@@ -247,19 +247,22 @@ def test_report_with_what_one_seed_left_behind(tmp_path):
     assert "to the last digit" in text and "No backbone has been trained alone yet" in text and "one seed: open" in text
     assert "| a weight of 0.01 on the routing loss brings 5 to 10 % mAP | at least 0.05 | 0.000 | **refuted** |" in text
     assert "| a learned gate brings 2 to 5 % mAP | at least 0.02 | – | **not measured** |" in text
+    assert "That is not tested here" in text and "the study has no `bevfusion_lidar`" in text
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["three evaluations", "one evaluation"])
 def test_report_with_a_study(tmp_path, short):
     "All runs with two seeds. A claim about a number that every seed has is judged by an interval, never by the mean alone."
-    mixtures = ("cbdes_original", "cbdes_weighted", "cbdes_balanced", "cbdes_top2", "cbdes_gated", "cbdes_projected", "cbdes_fixed")
-    runs = dict(bevfusion=(0.0,), bevfusion_more=(0.02,)) | {f"cbdes_{name}": (0.01,) for name in BACKBONES} | {name: (0.02 * k - 0.15, 4, 2 if k > 2 else 4, 0.01) for k, name in enumerate(mixtures)}
+    mixtures = ("cbdes_original", "cbdes_weighted", "cbdes_balanced", "cbdes_kl", "cbdes_variance", "cbdes_top2", "cbdes_gated", "cbdes_projected", "cbdes_fixed")
+    runs = dict(bevfusion=(0.0,), bevfusion_more=(0.02,)) | {f"cbdes_{name}": (0.01,) for name in BACKBONES} | {name: (0.02 * k - 0.15, 4, 2 if k > 4 else 4, 0.01) for k, name in enumerate(mixtures)}
+    runs |= dict(bevfusion_long=(0.05,), bevfusion_lidar=(-0.01,), cbdes_original_long=(0.0, 4, 4, 0.01), cbdes_fixed_long=(0.1, 4, 2, 0.01))
     for name, (gain, *how) in runs.items():
         for seed in range(2): make_up(tmp_path / "studies" / name / str(seed), gain + 0.001 * seed * (1 + len(name) % 3), *how, **dict(short=short))
     text = report_on(tmp_path, runs)
-    assert "seeds 0 and 1" in text and "not measured" not in text.split("Of 38 claims")[-1]
+    assert "seeds 0 and 1" in text and "not measured" not in text.split("Of 40 claims")[-1]
     assert all(f"| 3.{k}" in text for k in range(1, 7)) and "**not tested**" in text  # 3.5 has no metric
-    assert "is not tested here" in text and "with the Switch loss, which is ours" in text
+    assert "is not tested here" not in text and "with the Switch loss, which is ours" in text
+    assert "None shows what the document predicts" not in text and "Cameras bring +0.0" in text
     claims = load_claims(ROOT / "claims/cbdes.yaml").claims
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.count(" | ") == 4 and line.split(" | ")[3].startswith("**")]
     bare = {claim.id for claim, row in zip(claims, rows, strict=True) if not claim.settle and "2 seeds, 95 % interval" not in row[2]}
