@@ -35,6 +35,9 @@ def command(function: Callable) -> Callable:
         except UserError as e:
             print(f"moe-lab: {e}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("moe-lab: stopped; finished results are kept, and the same command goes on", file=sys.stderr)
+            raise typer.Exit(130) from None
     return app.command(name=function.__name__.replace("_", "-"))(guarded)
 
 # %% ../nbs/lib/69_cli.ipynb #b05508ef
