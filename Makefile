@@ -24,7 +24,7 @@ repro: setup
 	@moe-lab done
 
 test: setup sync
-	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2
+	export OMP_NUM_THREADS=1 TMPDIR=$$(mktemp -d); trap 'rm -rf "$$TMPDIR"' EXIT; nbdev_test --path nbs --n_workers 2
 	pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 sync: setup                              # compares files, not commits: an edit that was exported passes before it is committed

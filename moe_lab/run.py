@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNSTABLE', 'KEPT', 'notebook_parameters', 'check_parameters', 'normalise', 'run_environment', 'Progress',
-           'explain_failure', 'publish', 'run_notebook', 'run_in_process', 'run_many', 'displayed_markdown']
+           'explain_failure', 'publish', 'run_notebook', 'run_in_process', 'scratch_folder', 'run_many',
+           'displayed_markdown']
 
 # %% ../nbs/lib/60_run.ipynb #9fa48c9d
 import sys
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -252,6 +254,17 @@ def run_in_process(
         return [] if rank else publish(staging, target)
 
 # %% ../nbs/lib/60_run.ipynb #ccad69a9
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:  # gone afterwards
+    "A folder for the temporary files of processes that are started meanwhile: notebooks leave theirs for the reader to look at."
+    before = {name: os.environ[name] for name in ("TMPDIR",) if name in os.environ}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = folder
+        try: yield Path(folder)
+        finally:
+            del os.environ["TMPDIR"]
+            os.environ.update(before)
+
 def run_many(
     notebooks: Iterable[Path],  # independent of each other
     out: Path,  # each gets a folder of its name in here
@@ -262,7 +275,7 @@ def run_many(
     os.environ.update(run_environment(root, threads=1))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, "seaborn", "pycocotools.cocoeval", "papermill", "moe_lab.run"])
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1, initializer=fork_loaders) as pool:
+    with scratch_folder(), ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1, initializer=fork_loaders) as pool:
         for waiting in [pool.submit(run_in_process, notebook, Path(out) / notebook.stem) for notebook in notebooks]:
             yield waiting.result()[0]
 
