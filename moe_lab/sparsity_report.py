@@ -362,8 +362,7 @@ class Claim(Strict):
     measure: str = Field(description="name of the number that decides")
     reproduced: list[float | None] = Field(min_length=2, max_length=2, description="lowest and highest value that bears it out; null = open")
     note: str = Field("", description="what is tested where the document contradicts itself")
-    partly: str = Field("", description="what of the claim the number leaves untested, so that it alone neither bears the claim out nor refutes it")
-    settle: str = Field("", description="what would decide it, or the rest of it, if nothing here can")
+    settle: str = Field("", description="what would decide it, if nothing here can")
     own_table: bool = Field(False, description="the number is calculated from the document's own tables: it can agree with itself, which reproduces nothing")
 
 class Claims(Strict):
@@ -400,9 +399,6 @@ def judge(
     measured: Measured,
 ) -> str:  # one of VERDICTS
     "What a number says about a claim; of several numbers, what they say together."
-    if claim.partly:
-        word = judge(claim.model_copy(update={"partly": "", "settle": ""}), measured)
-        return {"reproduced": "partly", "refuted": "open"}.get(word, word)
     if claim.settle: return "needs real data"
     if isinstance(measured, Mapping): return _together([judge(claim, one) for one in measured.values()])
     if measured is None or (isinstance(measured, float) and math.isnan(measured)): return "not measured"
@@ -436,10 +432,9 @@ def verdicts(
     measured: Mapping[str, Measured],  # by the name of the number
 ) -> list[dict[str, str]]:  # rows of a table
     "Every claim, what it needs, what was found, and the verdict. UserError if a claim asks for a number that nobody computes."
-    unknown = [c.measure for c in claims.claims if c.measure not in measured and (c.partly or not c.settle)]
+    unknown = [c.measure for c in claims.claims if c.measure not in measured and not c.settle]
     if unknown: raise UserError(f"claims: no number is called {unknown[0]!r}; the analysis computes {', '.join(sorted(measured))}")
-    note = lambda c: "; ".join(filter(None, (c.note, c.partly, c.partly and c.settle and f"to settle it: {c.settle}")))
-    return [{"claim": c.statement + (f" *({note(c)})*" if note(c) else ""), "asks for": _within(c), "measured": _said(c, measured.get(c.measure)) if c.partly else c.settle or _said(c, measured.get(c.measure)),
+    return [{"claim": c.statement + (f" *({c.note})*" if c.note else ""), "asks for": _within(c), "measured": c.settle or _said(c, measured.get(c.measure)),
              "verdict": f"**{judge(c, measured.get(c.measure))}**", "source": c.source} for c in claims.claims]
 
 # %% ../nbs/lib/54_sparsity_report.ipynb #tally54
