@@ -63,6 +63,15 @@ def test_studied_runs_exist_and_start_where_their_list_says():
         assert any("checkpoint" in dep for dep in stages[start]["deps"]) == (base != "scratch")
 
 
+def test_seed_0_is_the_run_of_the_pipeline_to_the_last_digit():
+    "The same training, executed twice, in different folders: unless the processors were of different kinds."
+    tiny, study = (load(ROOT / "params.yaml", profile).runs for profile in ("tiny", "study"))
+    written = lambda folder: [(folder / name).read_bytes() for name in ("tier.json", "history.csv", "metrics.json", "routing.json")]
+    twice = {name: (written(ROOT / "runs" / name), written(ROOT / "studies" / name / "0")) for name, run in tiny.items() if study[name] == run}
+    alike = [name for name, (here, there) in twice.items() if here[0] == there[0]]
+    assert len(alike) > len(twice) / 2 and [name for name in alike if twice[name][0] != twice[name][1]] == []
+
+
 # --- what happens -------------------------------------------------------------------------------------------------------------------
 
 def test_results_go_to_git_and_the_rest_to_dvc(studied):
