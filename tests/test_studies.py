@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from moe_lab.params import load
 from moe_lab.report import by_seed, load_studies
 
+DATASETS = ("coco", "dair_v2x", "nuscenes")
 RESULTS = {"metrics.json", "history.csv", "routing.json", "tier.json"}
 
 
@@ -28,7 +29,7 @@ def study(here: Checkout, ok: bool = True):
 def studied(checkout):
     "A study of one run with one seed, of seconds."
     checkout.keep_worlds("coco")
-    lists = dict.fromkeys(read("studies/params.yaml"), []) | dict(seeds=[0], from_scratch=["yolov7_tiny"])
+    lists = dict.fromkeys(read("studies/params.yaml"), []) | dict(seeds=dict.fromkeys(DATASETS, [0]), from_scratch=["yolov7_tiny"])
     (checkout.path / "studies/params.yaml").write_text("".join(f"{name}: {json.dumps(values)}\n" for name, values in lists.items()))
     checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
     checkout.call("git", "rm", "-rqf", "--ignore-unmatch", "studies/dvc.lock", *(f"studies/{folder.name}" for folder in (checkout.path / "studies").iterdir() if folder.is_dir()))
@@ -53,7 +54,7 @@ def test_no_run_starts_from_itself():
 def test_studied_runs_exist_and_start_where_their_list_says():
     runs, lists, stages = load(ROOT / "params.yaml", "study").runs, read("studies/params.yaml"), read("studies/dvc.yaml")["stages"]
     seeds = lists.pop("seeds")
-    assert len(set(seeds)) == len(seeds) >= 3
+    assert set(seeds) == set(DATASETS) and all(len(set(some)) == len(some) >= 3 for some in seeds.values())
     assert set(lists) == set(stages) - {"plan"}
     looked_at = lists.pop("calibrated") + lists.pop("leaning")
     assert set(looked_at) <= {name for names in lists.values() for name in names}
@@ -103,7 +104,7 @@ def test_the_root_pipeline_leaves_the_study_alone(studied):
 
 def test_another_seed_runs_only_that_and_somebody_elses_parameters_nothing(studied):
     studied.edit("params.yaml", "        epochs: 300", "        epochs: 301")
-    studied.edit("studies/params.yaml", "seeds: [0]", "seeds: [0, 1]")
+    studied.edit("studies/params.yaml", '"coco": [0]', '"coco": [0, 1]')
     assert ran(study(studied)) == ["from_scratch@yolov7_tiny-1"]
     losses = [run.history["train/loss"].iloc[0] for run in load_studies(studied.path / "studies")["yolov7_tiny"].values()]
     assert losses[0] != losses[1]
