@@ -6,8 +6,9 @@
 __all__ = ['INK', 'PALETTE', 'CONDITION_COLOURS', 'SIZES', 'UNIT', 'NUMBER', 'HEADLINES', 'set_style', 'si', 'ap', 'percent',
            'listed', 'plural', 'say', 'table', 'run_file', 'read_json', 'Run', 'load_run', 'load_runs', 'group',
            'ranked', 'first', 'last', 'headline', 'summary', 'load_studies', 'by_seed', 'Spread', 'spread', 'Paired',
-           'compare', 'plot_differences', 'loss_terms', 'plot_losses', 'plot_scores', 'plot_history', 'plot_bars',
-           'hexadecimal', 'plot_where', 'plot_precision_recall', 'plot_calibration', 'load_bench', 'machine', 'timings']
+           'compare', 'plot_differences', 'plot_dots', 'loss_terms', 'plot_losses', 'plot_scores', 'plot_history',
+           'plot_bars', 'hexadecimal', 'plot_where', 'plot_precision_recall', 'plot_calibration', 'load_bench',
+           'machine', 'timings']
 
 # %% ../nbs/lib/50_report.ipynb #7c505179
 import json
@@ -109,7 +110,7 @@ def say(
 # %% ../nbs/lib/50_report.ipynb #410a84a7
 UNIT = re.compile(r"(?<=\d) (?=(?:×|%|m?s|[kMGT]|[kMGT]?FLOPs)(?:$|\W))") # a space that no line may end with: 1.5 ×, 35 %, 20.2 M
 
-NUMBER = re.compile(r"[^\w`]*(?:\d|$)") # what a column of numbers holds: digits come first, or nothing is there
+NUMBER = re.compile(r"[^\w`]*(?:\d(?!\d*, \D)|$)") # what a column of numbers holds: digits first, but not '004, risk 2'; or nothing
 
 def table(
     rows: Iterable[Mapping[str, Any]],  # one mapping a row, same keys, values already formatted
@@ -316,6 +317,18 @@ def plot_differences(
     axes.axvline(0, color=INK, linewidth=1)
     axes.set(title=title, yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
     axes.grid(False, axis="y")
+
+# %% ../nbs/lib/50_report.ipynb #dots50b
+def plot_dots(
+    rows: Mapping[str, Iterable[float]],  # name -> values, one a seed; first on top
+    axes: Axes,  # drawn into
+    title: str = "",  # what was measured
+) -> None:
+    "Every row as dots, one a seed, and a bar at their mean."
+    for row, values in enumerate(map(list, rows.values())):
+        axes.plot(values, [row] * len(values), "o", color=PALETTE[0], alpha=0.8)
+        if values: axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=2)
+    axes.set(title=title, yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
 
 # %% ../nbs/lib/50_report.ipynb #27150794
 def loss_terms(

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .diagnose import BANDS, Band, expert_similarity, out_of_band
-from .report import INK, PALETTE, Run, percent, plot_bars
+from .report import INK, PALETTE, Run, percent, plot_bars, plot_dots
 from .routers import TopKRouter, mutual_information, usage_share
 
 # %% ../nbs/lib/53_routing_report.ipynb #0a230476
@@ -298,12 +298,10 @@ def plot_readings(
     metric: str = "AP50",  # on val
 ) -> None:
     "Every reading as a row of dots, one a seed, and a bar at their mean."
-    frame = pd.DataFrame([{"reading": name, "value": value} for run in repeats.values() for name, value in readings(run, metric).items()])
-    if frame.empty: return
-    sns.stripplot(frame, x="value", y="reading", ax=axes, color=PALETTE[0], size=5, jitter=False, alpha=0.8)
-    for row, mean in enumerate(frame.groupby("reading", sort=False)["value"].mean()):
-        axes.plot([mean, mean], [row - 0.3, row + 0.3], color=INK, linewidth=2)
-    axes.set(title=f"{metric} on val by reading; a line at the mean", xlabel="", ylabel="")
+    rows: dict[str, list[float]] = {}
+    for run in repeats.values():
+        for name, value in readings(run, metric).items(): rows.setdefault(name, []).append(value)
+    plot_dots(rows, axes, f"{metric} on val by reading; a line at the mean")
 
 # %% ../nbs/lib/53_routing_report.ipynb #dd87342e
 def plot_courses(
