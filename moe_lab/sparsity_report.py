@@ -425,7 +425,7 @@ def _said(claim: Claim, value: Measured) -> str:
     if isinstance(value, Mapping):
         words = [judge(claim, one) for one in value.values()]
         return "; ".join(f"{name} {_said(claim, one)}" for name, one in value.items()) if len(words) <= 4 else f"of {len(words)}: " + ", ".join(f"{words.count(word)} {word}" for word in VERDICTS if word in words)
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, (int, float)) else str(value)
+    return "–" if value is None or value == {} else f"{value:.3f}" if isinstance(value, (int, float)) else str(value)
 
 def verdicts(
     claims: Claims,
