@@ -1,6 +1,7 @@
 """What tests share: one thread, determinism, digests of samples, and a throw-away checkout in which the pipeline runs with the `smoke` profile."""
 import hashlib
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -110,12 +111,6 @@ class Checkout:
             del params["profiles"][profile]
         yaml.dump(params, path)
 
-    def keep_worlds(self, *names: str) -> None:
-        "Drop the samples that no run reads: what they would add is time, whenever a fresh folder imports its data."
-        for folder in (self.path / "samples").iterdir():
-            if folder.name not in names:
-                shutil.rmtree(folder)
-
     def commit(self) -> None:
         "Commit all that changed."
         self.call("git", "add", "-A")
@@ -124,10 +119,11 @@ class Checkout:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Iterator[Checkout]:
-    "The tracked files of this working tree, committed, with the `smoke` profile."
+    "The tracked files of this working tree, committed, with the `smoke` profile; without what would add nothing but time: other worlds than COCO's, and the results of the study."
     path = tmp_path_factory.mktemp("checkout") / "moe_lab"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in filter(lambda n: n and (ROOT / n).is_file(), names):
+    left_out = re.compile(r"samples/(?!coco/)|studies/\w+/")
+    for name in filter(lambda n: n and (ROOT / n).is_file() and not left_out.match(n), names):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
     with warm_kernels(run_environment(ROOT, threads=1)):

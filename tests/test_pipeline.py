@@ -15,7 +15,6 @@ RUN = "runs/yolov7_tiny"
 def built(checkout):
     "The checkout after its first `dvc repro`, with one run."
     checkout.keep_runs("yolov7_tiny")
-    checkout.keep_worlds("coco")
     checkout.call("dvc", "repro", *TARGETS)
     checkout.call("dvc", "repro", *README)
     checkout.commit()
