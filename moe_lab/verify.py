@@ -132,4 +132,4 @@ def studied_runs(
     return sorted(f.parent.relative_to(Path(root) / "studies").as_posix() for f in (Path(root) / "studies").glob("*/*/metrics.json"))
 
 # %% ../nbs/lib/64_verify.ipynb #b13f1bd2
-TOLERANCE = 0.06  # in a headline number, on another kind of machine
+TOLERANCE = 0.08  # in a headline number, on another kind of machine
