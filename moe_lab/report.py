@@ -119,8 +119,8 @@ def table(
     rows = list(rows)
     if not rows: return "*(nothing to show)*"
     line = lambda cells: "| " + " | ".join(UNIT.sub("\u00a0", str(c)).replace("|", "\\|") for c in cells) + " |"
-    first, *others = columns = list(rows[0])
-    sides = [":--", *("--:" if all(NUMBER.match(str(row[column])) for row in rows) else ":--" for column in others)]
+    columns = list(rows[0])
+    sides = [":--", *("--:" if all(NUMBER.match(str(row[column])) for row in rows) else ":--" for column in columns[1:])]
     return "\n".join([line(columns), line(sides), *(line(r[c] for c in columns) for r in rows)])
 
 # %% ../nbs/lib/50_report.ipynb #4af0411c
@@ -303,6 +303,11 @@ def compare(
     return Paired(differences, s.mean, s.mean - half, s.mean + half)
 
 # %% ../nbs/lib/50_report.ipynb #5da9cce1
+def _name_rows(axes: Axes, names: Iterable[str], title: str) -> None:
+    "One row a name, the first on top."
+    names = list(names)
+    axes.set(title=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+
 def plot_differences(
     found: Mapping[str, Paired],  # name -> comparison, first on top
     axes: Axes,  # drawn into
@@ -315,7 +320,7 @@ def plot_differences(
         if not math.isnan(pair.low): axes.plot([pair.low, pair.high], [row, row], color=colour, linewidth=2)
         axes.plot(pair.mean, row, marker="o", color=colour)
     axes.axvline(0, color=INK, linewidth=1)
-    axes.set(title=title, yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    _name_rows(axes, found, title)
     axes.grid(False, axis="y")
 
 # %% ../nbs/lib/50_report.ipynb #dots50b
@@ -328,7 +333,7 @@ def plot_dots(
     for row, values in enumerate(map(list, rows.values())):
         axes.plot(values, [row] * len(values), "o", color=PALETTE[0], alpha=0.8)
         if values: axes.plot([statistics.fmean(values)] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=2)
-    axes.set(title=title, yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
+    _name_rows(axes, rows, title)
 
 # %% ../nbs/lib/50_report.ipynb #27150794
 def loss_terms(

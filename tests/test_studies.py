@@ -8,8 +8,9 @@ from ruamel.yaml import YAML
 
 from moe_lab.params import load
 from moe_lab.report import by_seed, load_studies
+from moe_lab.verify import repeated_runs
 
-DATASETS = ("coco", "dair_v2x", "nuscenes")
+DATASETS = {"": "coco", "dair_": "dair_v2x", "nuscenes_": "nuscenes"}  # beginning of a list's name -> what its runs are trained on
 RESULTS = {"metrics.json", "history.csv", "routing.json", "tier.json"}
 
 
@@ -28,7 +29,7 @@ def study(here: Checkout, ok: bool = True):
 @pytest.fixture(scope="module")
 def studied(checkout):
     "A study of one run with one seed, of seconds."
-    lists = dict.fromkeys(read("studies/params.yaml"), []) | dict(seeds=dict.fromkeys(DATASETS, [0]), from_scratch=["yolov7_tiny"])
+    lists = dict.fromkeys(read("studies/params.yaml"), []) | dict(seeds=dict.fromkeys(DATASETS.values(), [0]), from_scratch=["yolov7_tiny"])
     (checkout.path / "studies/params.yaml").write_text("".join(f"{name}: {json.dumps(values)}\n" for name, values in lists.items()))
     checkout.edit("studies/dvc.yaml", "--profile study", "--profile smoke")
     checkout.call("git", "rm", "-qf", "studies/dvc.lock")
@@ -53,23 +54,23 @@ def test_no_run_starts_from_itself():
 def test_studied_runs_exist_and_start_where_their_list_says():
     runs, lists, stages = load(ROOT / "params.yaml", "study").runs, read("studies/params.yaml"), read("studies/dvc.yaml")["stages"]
     seeds = lists.pop("seeds")
-    assert set(seeds) == set(DATASETS) and all(len(set(some)) == len(some) >= 3 for some in seeds.values())
+    assert set(seeds) == set(DATASETS.values()) and all(len(set(some)) == len(some) >= 3 for some in seeds.values())
     assert set(lists) == set(stages) - {"plan"}
     looked_at = lists.pop("calibrated") + lists.pop("leaning")
     assert set(looked_at) <= {name for names in lists.values() for name in names}
     for start, names in lists.items():
         dataset, _, base = start.rpartition("from_")
-        assert {(runs[name].dataset, runs[name].init_from) for name in names} == {({"": "coco", "dair_": "dair_v2x", "nuscenes_": "nuscenes"}[dataset], base)}
+        assert {(runs[name].dataset, runs[name].init_from) for name in names} == {(DATASETS[dataset], base)}
         assert any("checkpoint" in dep for dep in stages[start]["deps"]) == (base != "scratch")
 
 
 def test_seed_0_is_the_run_of_the_pipeline_to_the_last_digit():
     "The same training, executed twice, in different folders: unless the processors were of different kinds."
     tiny, study = (load(ROOT / "params.yaml", profile).runs for profile in ("tiny", "study"))
-    written = lambda folder: [(folder / name).read_bytes() for name in ("tier.json", "history.csv", "metrics.json", "routing.json")]
-    twice = {name: (written(ROOT / "runs" / name), written(ROOT / "studies" / name / "0")) for name, run in tiny.items() if study[name] == run}
-    alike = [name for name, (here, there) in twice.items() if here[0] == there[0]]
-    assert len(alike) > len(twice) / 2 and [name for name in alike if twice[name][0] != twice[name][1]] == []
+    twice = repeated_runs(ROOT)
+    assert set(twice) == {name for name, run in tiny.items() if study[name] == run}
+    alike = [name for name, same in twice.items() if same is not None]
+    assert len(alike) > len(twice) / 2 and [name for name in alike if not twice[name]] == []
 
 
 # --- what happens -------------------------------------------------------------------------------------------------------------------
