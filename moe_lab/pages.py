@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'Section', 'Page', 'latest', 'notebooks', 'bare_name', 'collect', 'read_page', 'texts', 'heading',
            'outputs', 'first_of', 'first_sentences', 'given_parameters', 'run_of', 'for_readers', 'addresses', 'relink',
-           'clean', 'fold', 'failure', 'outdated', 'notice', 'read_yaml', 'parameters_digest', 'data_digest',
+           'embed', 'clean', 'fold', 'failure', 'outdated', 'notice', 'read_yaml', 'parameters_digest', 'data_digest',
            'provenance']
 
 # %% ../nbs/lib/58_pages.ipynb #6edae4f0
 import ast
+import base64
 import contextlib
 import hashlib
 import html
 import json
+import mimetypes
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -208,6 +210,19 @@ def relink(
         return f"[{label}](/{slug}.ipynb{'#' + anchor if anchor else ''})" if slug else label
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", replace, text)
 
+# %% ../nbs/lib/58_pages.ipynb #emb58b
+def embed(
+    text: str,  # Markdown of a cell
+    folder: Path,  # where it stands
+) -> str:  # no picture lies in a file
+    "Put the pictures of a text into it."
+    def replace(match: re.Match) -> str:
+        label, target = match.groups()
+        picture = folder / unquote(target)
+        if urlsplit(target).scheme or not picture.is_file(): return match.group(0)
+        return f"![{label}](data:{mimetypes.guess_type(picture.name)[0]};base64,{base64.b64encode(picture.read_bytes()).decode()})"
+    return re.sub(r"!\[([^\]]*)\]\(([^)\s]+)\)", replace, text)
+
 # %% ../nbs/lib/58_pages.ipynb #c2f04e75
 def clean(
     nb: NotebookNode,  # as executed; changed in place
@@ -217,7 +232,7 @@ def clean(
     "The notebook without directives and hidden cells, its links leading to pages."
     nb.cells = [kept for cell in nb.cells if (kept := for_readers(cell))]
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = relink(cell.source, folder, places)
+        if cell.cell_type == "markdown": cell.source = embed(relink(cell.source, folder, places), folder)
     nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python"}}
     return nb
 
