@@ -334,7 +334,7 @@ def stopwatch(
     words: Annotated[list[str], typer.Argument(help="the command, after --")],
     out: Annotated[Path, typer.Option(help="JSON file that collects the records")] = Path("bench/commands.json"),
 ):
-    "Run a command; when it succeeds, record how long it took."
+    "Run a command; when it succeeds, record how long it took on this kind of machine."
     import json
     import subprocess
     import time
@@ -344,7 +344,9 @@ def stopwatch(
     if code:
         raise UserError(f"{' '.join(words)}: failed with {code}; nothing is recorded")
     records = json.loads(out.read_text()) if out.exists() else {}
-    records[" ".join(words)] = {"seconds": round(time.monotonic() - start, 1), "tier": tier()}
+    here = tier()
+    machine = f"{here['cpu']} ({here['instructions']}), {here['threads']} threads"
+    records.setdefault(" ".join(words), {})[machine] = {"seconds": round(time.monotonic() - start, 1), "tier": here}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
 
