@@ -88,7 +88,7 @@ def test_an_experiment_and_a_sweep(built):
     deadline = time.monotonic() + 240
     while "Queued" in (status := built.call("dvc", "queue", "status").stdout) or "Running" in status:
         assert time.monotonic() < deadline, status
-        time.sleep(2)
+        time.sleep(8)  # asking takes a processor for two seconds
     assert status.count("Success") == 2, status
     rows = built.call("dvc", "exp", "show", "--csv").stdout.strip().splitlines()
     assert len(rows) >= 1 + 2 + 3  # header; workspace and commit; three experiments
