@@ -68,7 +68,12 @@ def sensor_maps(
 class AQRCMT(CMT):
     "CMT whose queries weigh the sensors. Parameters: `AQRCMTParams`. Source: 002, 003, spec/5."
     Params = AQRCMTParams
-    adapts = True
+
+    @property
+    def find_unused_parameters(self) -> bool: # for training in several processes
+        "Whether what is said reaches no loss: the renderer cuts the gradient, or nothing is touched."
+        p = self.params
+        return p.mode == "modulate" and (p.nograd or not (p.modulate_lidar or p.modulate_camera))
 
     def __init__(
         self,

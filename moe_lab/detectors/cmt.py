@@ -218,7 +218,6 @@ def _settle(model):
 class CMT(nn.Module):
     "Cross Modal Transformer. Parameters: `CMTParams`. Source: CMT (Yan 2023), spec/5."
     Params = CMTParams
-    adapts = False # whether `adapt` changes the memory
     dynamic = True # what pillars and voxels cost depends on the points
 
     def __init__(
@@ -246,10 +245,10 @@ class CMT(nn.Module):
 def forward(self: CMT, batch: dict[str, Any]) -> Outputs: # batch: see CONTRIBUTING, "Batch in 3D"
     if self.training: batch = cover_sensors(batch, self.params.cover_cameras, self.params.cover_lidar)
     memory = self.memory(batch)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapts): dense = self.look_around(memory, learn=not self.adapts)
+    dense = self.look_around(memory)
     queries = self.queries(memory, batch, dense)
     adapted, bias, notes = self.adapt(memory, queries)
-    return self.decode(adapted, queries, bias, None if self.adapts else dense)._replace(notes=notes)
+    return self.decode(adapted, queries, bias, dense)._replace(notes=notes)
 
 # %% ../../nbs/lib/35_cmt.ipynb #1b265052
 @patch(as_prop=True)
@@ -365,13 +364,12 @@ def looks_around(self: CMT) -> bool:
 @patch
 def look_around(
     self: CMT,
-    memory: Memory,
-    learn: bool = True # in training: whether there will be a loss on it
+    memory: Memory
 ) -> DenseOutput | None: # without camera maps where there is no loss
     "What the tokens say about their own places: BEV features, plus the mean over the views that see a cell."
     if not self.looks_around: return None
     bev = memory.bev if memory.cells is None else memory.bev + mean_over_views(memory.views, memory.cells).mT.unflatten(-1, tuple(memory.bev.shape[2:]))
-    return self.dense(bev, memory.views if self.training and learn else None)
+    return self.dense(bev, memory.views if self.training else None)
 
 # %% ../../nbs/lib/35_cmt.ipynb #f90c0893
 def sample_content(
@@ -415,7 +413,7 @@ def decode(
     memory: Memory,
     queries: Queries,
     bias: Tensor | None = None, # (B, count, T) or (B, heads, count, T)
-    dense: DenseOutput | None = None # of this memory, if known
+    dense: DenseOutput | None = None # what `look_around` found, if known
 ) -> Outputs:
     "Answers of all queries after each layer."
     p, dense = self.params, dense or self.look_around(memory)

@@ -130,7 +130,8 @@ class CoordinateEncoding(nn.Module):
 
     def rays(self, pixels: Tensor, lidar2image: Tensor) -> Tensor: # (B, N, P, 2), (B, N, 4, 4) -> (B, N, P, C)
         "Codes of rays through pixels."
-        depths = ray_depths(self.ray_points, self.point_range[3], pixels.device)
+        (x0, y0, _, x1, y1, _) = self.point_range
+        depths = ray_depths(self.ray_points, max(map(abs, (x0, y0, x1, y1))), pixels.device)
         return self.ray_embedding(to_unit(unproject(pixels, lidar2image, depths), self.point_range).flatten(-2))
 
 # %% ../../nbs/lib/34_cmt_encoding.ipynb #3199b461
