@@ -112,13 +112,13 @@ def stage_closures(
 
 # %% ../nbs/lib/61_closure.ipynb #0407f805
 def _hashed(file: Path) -> bytes:
-    "The code of a module that results depend on: all of it, but for the registry in an `__init__`."
-    code = file.read_bytes()
-    if file.name != "__init__.py":
-        return code
-    tables = [line for line in ast.parse(code).body if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "REGISTRY"]
-    left_out = {number for table in tables for number in range(table.lineno, table.end_lineno + 1)}
-    return b"".join(line for number, line in enumerate(code.splitlines(keepends=True), 1) if number not in left_out)
+    "The code of a module that results depend on: without comments, docstrings, and the registry in an `__init__`."
+    tree, named = ast.parse(file.read_bytes()), (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in [node for node in ast.walk(tree) if isinstance(node, named) and ast.get_docstring(node, clean=False) is not None]:
+        node.body = node.body[1:] or [ast.Pass()]
+    if file.name == "__init__.py":
+        tree.body = [line for line in tree.body if not (isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "REGISTRY")]
+    return ast.unparse(tree).encode()
 
 def closure_text(
     names: Iterable[str],  # module names

@@ -273,8 +273,8 @@ def validated(
         for error in e.errors():
             path = _origin(raw, profile, where + tuple(error["loc"]))
             spots, text = _trace(raw, path), _explain(error, cls)
-            written = spots[-1] if len(spots) == len(path) else path
-            told.setdefault((written, text), f"{file}{_line(raw, path)}: {'.'.join(map(str, path))}: {text}")
+            written = spots[-1] if spots and len(spots) == len(path) else path
+            told.setdefault((written, text), ": ".join(part for part in (f"{file}{_line(raw, path)}", ".".join(map(str, path)), text) if part))
         raise UserError("\n".join(told.values())) from None
 
 # %% ../nbs/lib/00_params.ipynb #0e2cd063

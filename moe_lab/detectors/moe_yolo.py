@@ -17,6 +17,7 @@ from ..checkpoint import load_weights
 from .yolov7 import (BACKBONE, HEAD, NECK, YOLOv7Params, build_branch, build_rows, decay_groups, in_original, network_input,
                                       numbered, read_table, run_rows, suppressed, yolo_loss)
 from ..experts import assign
+from ..params import UserError
 from ..routers import Routing, TopKRouter, balance_weight, dead_experts, routing_entropy, switch_balance_loss, usage_share
 
 # %% ../../nbs/lib/33_moe_yolo.ipynb #d1f31eca
@@ -100,6 +101,8 @@ def route(
     p5: Tensor # (B, C, H/32, W/32) backbone features
 ) -> Routing: # one decision per image
     "Which experts, with which weights. With `forced`, that expert alone for all images."
+    if self.training and self.params.router_norm and len(p5) < 2:
+        raise UserError("train.batch_size: 1: model.router_norm standardises over the images of a step; set it to 2 or more, or router_norm to false")
     routing = self.router(self.router_norm(p5.mean((2, 3))))
     if self.forced is None: return routing
     alone = torch.full((len(p5), 1), self.forced, device=p5.device)
