@@ -152,7 +152,7 @@ def switch_balance_loss(
     probs: Tensor, # (..., E)
     indices: Tensor, # (..., k)
 ) -> Tensor: # scalar
-    "E Σ f_i P_i: 1 at uniform use, E at collapse; gradient through P. Constantly 1 if k is E. Source: Switch Transformer (Fedus 2021), eq. 4."
+    "E Σ f_i P_i: 1 at uniform use, E / k at collapse; gradient through P. Constantly 1 if k is E. Source: Switch Transformer (Fedus 2021), eq. 4."
     num_experts = probs.shape[-1]
     return num_experts * (usage_share(indices, num_experts) * mean_probs(probs)).sum()
 

@@ -362,7 +362,8 @@ class Claim(Strict):
     measure: str = Field(description="name of the number that decides")
     reproduced: list[float | None] = Field(min_length=2, max_length=2, description="lowest and highest value that bears it out; null = open")
     note: str = Field("", description="what is tested where the document contradicts itself")
-    settle: str = Field("", description="what would decide it, if nothing here can")
+    settle: str = Field("", description="what would decide it, if nothing here does")
+    here: bool = Field(False, description="the sample world could decide it, with the run that `settle` names")
     own_table: bool = Field(False, description="the number is calculated from the document's own tables: it can agree with itself, which reproduces nothing")
 
 class Claims(Strict):
@@ -399,7 +400,7 @@ def judge(
     measured: Measured,
 ) -> str:  # one of VERDICTS
     "What a number says about a claim; of several numbers, what they say together."
-    if claim.settle: return "needs real data"
+    if claim.settle: return "not measured" if claim.here else "needs real data"
     if isinstance(measured, Mapping): return _together([judge(claim, one) for one in measured.values()])
     if measured is None or (isinstance(measured, float) and math.isnan(measured)): return "not measured"
     low, high = (-math.inf if claim.reproduced[0] is None else claim.reproduced[0]), (math.inf if claim.reproduced[1] is None else claim.reproduced[1])
