@@ -411,9 +411,9 @@ def judge(
     return "refuted" if measured.high < low or measured.low > high else "open"
 
 def _together(words: Sequence[str]) -> str:
-    "One verdict from several: the same, or partly, or, if nothing holds, what is left."
+    "One verdict from several: the same; partly, if one holds; else open."
     if len(set(words)) < 2: return words[0] if words else "not measured"
-    return "partly" if {"reproduced", "consistent with its own table"} & set(words) else "refuted" if "refuted" in words else "open"
+    return "partly" if {"reproduced", "consistent with its own table"} & set(words) else "open"
 
 # %% ../nbs/lib/54_sparsity_report.ipynb #dbc6238e
 def _within(claim: Claim) -> str:

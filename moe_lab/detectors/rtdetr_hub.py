@@ -102,8 +102,9 @@ def load_hub(
     values = as_params(config, folder / "config.json").model_dump() | params
     weights = _read_weights(folder, config)
     model = RTDETR(num_classes or config.num_labels, **validated(RTDETRParams, values, str(folder)).model_dump())
+    fresh = model.net.state_dict()
+    weights = {name: torch.zeros_like(value) for name, value in fresh.items() if name.endswith("num_batches_tracked")} | weights  # norms that are held still do not count
     if num_classes not in (None, config.num_labels):
-        fresh = model.net.state_dict()
         weights |= {name: fresh[name] for name in fresh if any(part in name for part in PER_CLASS)}
     model.load_pretrained({f"net.{name}": value for name, value in weights.items()})
     return model
@@ -114,8 +115,8 @@ def import_hub(
     out: str | Path, # checkpoint to write, .safetensors
     num_classes: int | None = None # of the data; None = those of the checkpoint
 ) -> dict: # the metadata written with it
-    "Convert a hub folder to a checkpoint that a run can start from."
-    model, labels = load_hub(folder, num_classes), read_config(folder).id2label
+    "Convert a hub folder to a checkpoint that a run can start from: `frozen` as the backbone's recipe has it, whatever the configuration says."
+    model, labels = load_hub(folder, num_classes, frozen=None), read_config(folder).id2label
     names = [labels[i] for i in sorted(labels)] if model.num_classes == len(labels) else [str(i) for i in range(model.num_classes)]
     metadata = dict(detector="rtdetr", num_classes=model.num_classes, model=model.params.model_dump(mode="json"), source=Path(folder).name,
                     categories=[dict(id=i, name=name) for i, name in enumerate(names)])
