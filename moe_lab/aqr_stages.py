@@ -347,12 +347,12 @@ def leanings(
 # %% ../nbs/lib/55_aqr_stages.ipynb #orc55b
 def oracle(
     model: CMT,
-    sensor: str,  # that failed: lidar or camera
+    *sensors: str,  # that failed: lidar, camera
 ) -> CMT:  # a copy, in evaluation mode
-    "The same detector, whose decoder sees nothing but zeros of a sensor."
+    "The same detector, whose decoder sees nothing but zeros of these sensors."
     told = copy.deepcopy(model).eval()
-    part = {"lidar": "bev", "camera": "views"}[sensor]
-    told.adapt = lambda memory, queries: Adapted(memory._replace(**{part: torch.zeros_like(getattr(memory, part))}), None, {})
+    parts = [{"lidar": "bev", "camera": "views"}[sensor] for sensor in sensors]
+    told.adapt = lambda memory, queries: Adapted(memory._replace(**{part: torch.zeros_like(getattr(memory, part)) for part in parts}), None, {})
     return told
 
 # %% ../nbs/lib/55_aqr_stages.ipynb #fe51f504
