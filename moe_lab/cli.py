@@ -35,6 +35,9 @@ def command(function: Callable) -> Callable:
         except UserError as e:
             print(f"moe-lab: {e}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except OSError as e:
+            print(f"moe-lab: {e.filename or e}: {e.strerror or 'cannot be used'}; give another path, or mend its permissions", file=sys.stderr)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print("moe-lab: stopped; finished results are kept, and the same command goes on", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -45,12 +48,13 @@ def given_parameters(
     pairs: list[str],  # 'name=value', values in YAML
 ) -> dict:  # name -> value
     "Parameters from the command line. `UserError` when an '=' is missing."
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
     split = [pair.partition("=") for pair in pairs]
     for name, equals, _ in split:
         if not equals:
             raise UserError(f"-p {name}: expected NAME=VALUE")
-    return {name: YAML(typ="safe").load(value) for name, _, value in split}
+    try: return {name: YAML(typ="safe").load(value) for name, _, value in split}
+    except YAMLError as e: raise UserError(f"-p {' -p '.join(pairs)}: not a value in YAML ({getattr(e, 'problem', e)})") from None
 
 # %% ../nbs/lib/69_cli.ipynb #6402bb76
 def training_parameters(
@@ -76,7 +80,7 @@ def run(
     notebook: Annotated[Path, typer.Argument(help="notebook to execute")],
     run: Annotated[Optional[str], typer.Option(help="a run of params.yaml; results go to runs/RUN")] = None,
     profile: Annotated[Optional[str], typer.Option(help="profile laid over the run, instead of the file's own")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="seed, instead of the run's own")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="seed, instead of the run's own")] = None,
     start: Annotated[Optional[Path], typer.Option(help="checkpoint of the first weights, instead of that of `init_from`")] = None,
     out: Annotated[Optional[Path], typer.Option(help="folder for the executed notebook, instead")] = None,
     param: Annotated[list[str], typer.Option("-p", help="NAME=VALUE for the notebook's parameters cell")] = [],
@@ -85,10 +89,14 @@ def run(
     "Execute a notebook with checked parameters; results appear only if it succeeds."
     from moe_lab.params import load
     from moe_lab.run import run_notebook
+    extra = given_parameters(param)
+    for option, value in dict(profile=profile, seed=seed, start=start).items():
+        if value is not None and not run: raise UserError(f"--{option}: belongs to a run; name it with --run")
+    if twice := {"run", "profile", "seed", "start", "params_file"} & set(extra) if run else (): raise UserError(f"-p {min(twice)}: use the option --{min(twice).replace('_', '-')}")
     given, threads = (training_parameters(notebook, run, params_file, out, profile=profile, seed=seed, start=start) if run
                       else ({}, load(params_file, only=[]).threads))
     target = out or Path("runs" if run else "reports") / (run or "")
-    for file in run_notebook(notebook, target, {**given, **given_parameters(param)}, threads=threads):
+    for file in run_notebook(notebook, target, {**given, **extra}, threads=threads):
         console.print(f"  {file}", style="dim", highlight=False)
 
 # %% ../nbs/lib/69_cli.ipynb #b8da341a
@@ -112,7 +120,9 @@ def repro(
 ):
     "Do what `dvc repro` does, with several stages at a time; exit with 1 when one failed."
     from moe_lab.lanes import repro_lanes
-    failed = repro_lanes(pipeline.as_posix(), cores, allow_missing, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    from dvc.exceptions import DvcException
+    try: failed = repro_lanes(pipeline.as_posix(), cores, allow_missing, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
+    except DvcException as e: raise UserError(f"{pipeline}: {e}; run from the repository's root") from None
     if failed:
         raise UserError(f"{pipeline}: failed: {', '.join(failed)}; the reasons stand above. What succeeded is kept: the same command goes on")
 
@@ -121,11 +131,13 @@ def repro(
 def library(
     folder: Annotated[Path, typer.Argument(help="folder of notebooks")] = Path("nbs/lib"),
     out: Annotated[Path, typer.Option(help="folder for the executed notebooks")] = Path("build/lib"),
-    jobs: Annotated[int, typer.Option(help="notebooks at a time")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="notebooks at a time")] = 2,
 ):
     "Execute every notebook of a folder, for the site."
     from moe_lab.run import run_many
-    for file in run_many(sorted(folder.glob("[0-9]*.ipynb")), out, jobs):
+    notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+    if not notebooks: raise UserError(f"{folder}: no notebook whose name begins with a digit")
+    for file in run_many(notebooks, out, jobs):
         console.print(f"  {file}", style="dim", highlight=False)
 
 # %% ../nbs/lib/69_cli.ipynb #de1514b1
@@ -219,7 +231,7 @@ def doctor(lock: Annotated[Path, typer.Option(help="the lock")] = Path("requirem
 @command
 def verify(
     revision: Annotated[str, typer.Option(help="git revision that holds the committed results")] = "HEAD",
-    tolerance: Annotated[float | None, typer.Option(help="largest difference of a headline number on another kind of machine; what two seeds may differ by if not given")] = None,
+    tolerance: Annotated[float | None, typer.Option(min=0, help="largest difference of a headline number on another kind of machine; what two seeds may differ by if not given")] = None,
     studies: Annotated[bool, typer.Option("--studies", help="judge the results in studies/ too")] = False,
     params_file: Annotated[Path, typer.Option(help="parameter file")] = Path("params.yaml"),
 ):
@@ -246,6 +258,7 @@ def params(params_file: Annotated[Path, typer.Argument(help="parameter file")] =
     "Check a parameter file and list every key with its default, its meaning and what it may be."
     from moe_lab.detectors import REGISTRY, params_class
     from moe_lab.params import RunParams, describe, load
+    runs = load(params_file).runs
     table = Table("key (below runs.NAME)", "default", "meaning (and what it may be)", box=None)
     rows = [row for row in describe(RunParams) if row[0] != "model"]
     for name in REGISTRY:
@@ -253,7 +266,7 @@ def params(params_file: Annotated[Path, typer.Argument(help="parameter file")] =
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(table)
-    console.print(f"{params_file}: valid; runs: {', '.join(load(params_file).runs)}", highlight=False)
+    console.print(f"{params_file}: valid; runs: {', '.join(runs)}", highlight=False)
 
 # %% ../nbs/lib/69_cli.ipynb #f96803c0
 @command
@@ -280,7 +293,7 @@ def readme(
 def samples(
     out: Annotated[Path, typer.Option(help="folder for the datasets")],
     scale: Annotated[int, typer.Option(min=1, help="multiplies the number of images")] = 1,
-    seed: Annotated[int, typer.Option(help="another seed, another world")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="another seed, another world")] = 0,
     world: Annotated[list[str], typer.Option(help="coco, dair_v2x or nuscenes; may be repeated; all if not given")] = [],
 ):
     "Generate the sample datasets, or larger ones of the same kind."
@@ -361,4 +374,5 @@ def done(site: Annotated[Path, typer.Option(help="the rendered site")] = Path("s
         table = Table("run", *(f"{name} {split}" for split in ("val", "test") for name in columns), box=None)
         for run in runs: table.add_row(run.name, *(ap(run.metrics.get(split, {}).get(name)) for split in ("val", "test") for name in columns))
         console.print(table)
-    console.print(f"Open {site / 'index.html'} in a browser.", highlight=False)
+    page = site / "index.html"
+    console.print(f"Open {page} in a browser." if page.is_file() else f"{page} is not there: `dvc repro site` renders it.", highlight=False)

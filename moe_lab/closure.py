@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'package_modules', 'imported_modules', 'closure', 'notebook_imports', 'stage_closures', 'closure_text',
-           'write_closures', 'plan_text', 'check_pipeline', 'write_plans']
+           'emptied', 'write_closures', 'plan_text', 'check_pipeline', 'write_plans']
 
 # %% ../nbs/lib/61_closure.ipynb #dd94b532
 import ast
@@ -88,7 +88,8 @@ def notebook_imports(
     "Modules of the package that a notebook's code cells import."
     cells = ["".join(c["source"]) for c in json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     lines = [line for cell in cells for line in cell.splitlines() if not line.startswith(("%", "!"))]
-    return imported_modules("\n".join(lines), "", modules)
+    try: return imported_modules("\n".join(lines), "", modules)
+    except SyntaxError as e: raise UserError(f"{notebook}: a cell is not valid Python ({e.msg}: {(e.text or '').strip()[:80]}); mend it") from None
 
 # %% ../nbs/lib/61_closure.ipynb #bd97b3a8
 def _readers(
@@ -131,12 +132,21 @@ def closure_text(
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/lib/61_closure.ipynb #7fbbabc7
+def emptied(
+    folder: Path,  # for our files; may be missing
+) -> None:
+    "Remove a folder of earlier files. `UserError` if it holds anything that was not written here."
+    ours = lambda file: file.suffix == ".txt" and re.match(r"[0-9a-f]{16}  \S", file.read_text(encoding="utf-8", errors="replace"))
+    strange = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and not ours(file)]
+    if strange or Path(folder).is_file(): raise UserError(f"{folder}: holds {strange[0].name if strange else 'a file'}, which was not written here and would be lost; choose another folder")
+    shutil.rmtree(folder, ignore_errors=True)
+
 def write_closures(
     out: Path = Path("build/code"),  # folder for the files; replaced as a whole
     root: Path = Path("."),  # the checkout
 ) -> list[Path]:  # the files
     "Write one closure file for each kind of stage."
-    shutil.rmtree(out, ignore_errors=True)
+    emptied(out)
     files = []
     for stage, names in stage_closures(root).items():
         file = Path(out) / f"{stage}.txt"
@@ -185,7 +195,7 @@ def write_plans(
     "Write the plan of every run."
     params, pipeline = load(params_file, profile), Path(params_file).parent / "dvc.yaml"
     if pipeline.is_file(): check_pipeline(params, pipeline)
-    shutil.rmtree(out, ignore_errors=True)
+    emptied(out)
     Path(out).mkdir(parents=True)
     for name in params.runs:
         (Path(out) / f"{name}.txt").write_text(plan_text(name, params, closures, any_seed), encoding="utf-8")

@@ -32,7 +32,9 @@ def drift(
     lock: Path = Path("requirements.lock"),  # the lock
 ) -> Iterator[tuple[str, str, str]]:  # (distribution, locked, installed)
     "Every distribution whose installed version is not the locked one."
-    for name, version in locked_versions(lock).items():
+    locked = locked_versions(lock)
+    if not locked: raise UserError(f"{lock}: no line NAME==VERSION; name the lock")
+    for name, version in locked.items():
         if installed(name) != version:
             yield name, version, installed(name)
 

@@ -142,7 +142,7 @@ def read_json(
 ) -> Any:  # its content
     "Parsed JSON. UserError with line and column, if it is broken."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise UserError(f"{path}: not valid JSON ({error}); restore it with `dvc checkout` or rerun its stage") from None
+    except ValueError as error: raise UserError(f"{path}: not valid JSON ({error}); restore it with `git checkout -- FILE`, or rerun its stage") from None
 
 # %% ../nbs/lib/50_report.ipynb #f66a23f2
 @dataclass(frozen=True)

@@ -40,26 +40,35 @@ from .params import UserError, nearest
 from .warm import PRELOADED, fork_loaders
 
 # %% ../nbs/lib/60_run.ipynb #f2e4bd7b
+def _default(node: ast.expr) -> Any:
+    try: return ast.literal_eval(node)
+    except ValueError: return None
+
 def notebook_parameters(
     notebook: Path,  # path of a notebook
-) -> list[str]:  # names, in order
-    "Parameters that a notebook declares in its `parameters` cell. `UserError` when the notebook is missing."
+) -> dict[str, Any]:  # name -> default, in order; None where it is no plain value
+    "Parameters that a notebook declares in its `parameters` cell. `UserError` when there is no such notebook."
     if not Path(notebook).is_file():
         raise UserError(f"{notebook}: no such notebook; run from the repository's root or give its path")
-    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    try: cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError, UnicodeDecodeError): raise UserError(f"{notebook}: not a notebook") from None
     assignments = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
-    return [target.id for node in assignments for target in node.targets]
+    return {target.id: _default(node.value) for node in assignments for target in node.targets}
 
 # %% ../nbs/lib/60_run.ipynb #f5581869
 def check_parameters(
     notebook: Path,  # path of a notebook
     given: Mapping[str, Any],  # values that shall be injected
 ) -> None:
-    "`UserError` naming the nearest parameter when `given` has a name that the notebook does not declare."
+    "`UserError` for a name that the notebook does not declare, with the nearest one, and for a value of another type than its default."
     known = notebook_parameters(notebook)
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise UserError("\n".join(f"{notebook}: parameter {name!r}: unknown{nearest(name, known)}" for name in unknown))
+        raise UserError("\n".join(f"{notebook}: parameter {name!r}: unknown{nearest(name, list(known))}" for name in unknown))
+    for name, value in given.items():
+        kind, default = (float, int) if isinstance(known[name], float) else type(known[name]), known[name]
+        if None not in (default, value) and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
+            raise UserError(f"{notebook}: parameter {name!r}: {value!r} is not of the kind of its default, {default!r}")
 
 # %% ../nbs/lib/60_run.ipynb #203a3024
 UNSTABLE = re.compile(r" at 0x[0-9a-fA-F]{6,}|\S*/ipykernel_\d+/\d+\.py:|(?m:^\[resume\].*\n)")

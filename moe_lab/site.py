@@ -456,8 +456,9 @@ def replace_folder(
     fresh: Path,  # what shall be there
     out: Path,  # where
 ) -> None:
-    "Exchange a folder as a whole. UserError if that cannot be done."
+    "Exchange a folder of pages as a whole. UserError if that cannot be done, or if it holds anything else."
     beside = out.with_name(f".{out.name}.new")
+    if out.is_dir() and any(out.iterdir()) and not (out / "_static").is_dir(): raise UserError(f"{out}: holds something else than rendered pages, which would be lost; choose another folder")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         shutil.copytree(fresh, beside)

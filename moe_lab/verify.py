@@ -93,7 +93,9 @@ def committed_json(
     revision: str = "HEAD",  # git revision
     root: Path = Path("."),  # the checkout
 ) -> dict | None:  # its content, or None when git has no such file
-    "A JSON file as it stands in git."
+    "A JSON file as it stands in git. `UserError` for a revision that git does not know."
+    known = subprocess.run(["git", "-C", str(root), "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], capture_output=True)
+    if known.returncode: raise UserError(f"--revision {revision}: git knows no such commit")
     shown = subprocess.run(["git", "-C", str(root), "show", f"{revision}:{file}"], capture_output=True, text=True)
     return json.loads(shown.stdout) if shown.returncode == 0 else None
 

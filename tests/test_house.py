@@ -69,6 +69,13 @@ def layer(module: str) -> int:
     return int(re.search(r"File to edit: \S*?(\d+)[^/]*\.ipynb", source)[1])
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_cell_is_python(path):
+    "Of the version that make asks for: an analysis is not run by any test as a whole."
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code": ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
+
+
 def test_modules_import_only_lower_layers():
     modules = package_modules(ROOT)
     upward = [(name, other) for name, path in modules.items() for other in imported_modules(path.read_text(), name, modules) - {name}
