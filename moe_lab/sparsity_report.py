@@ -21,7 +21,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -303,10 +302,10 @@ def plot_ledgers(
 ) -> None:
     "Parts stacked, one bar a model."
     frame = pd.DataFrame({label: ledger(bench, name, size, training)[column] for name, label in models.items()}).T.fillna(0) / (1e9 if column == "flops" else 1)
-    colours = [*sns.color_palette(PALETTE), *sns.color_palette(PALETTE, desat=0.45)]
     start = np.zeros(len(frame))
-    for part, colour in zip(frame.columns, colours):
-        axes.barh(frame.index, frame[part], left=start, color=colour, label=part.replace("_", " "), linewidth=0, height=0.7)
+    for k, part in enumerate(frame.columns):  # more parts than colours: the second time round they are hatched
+        look = dict(color=PALETTE[k % len(PALETTE)], hatch="////" if k >= len(PALETTE) else "", edgecolor="white")
+        axes.barh(frame.index, frame[part], left=start, label=part.replace("_", " "), linewidth=0, height=0.7, **look)
         start += frame[part].to_numpy()
     axes.set_ylim(len(frame) - 0.5, -0.5)
     axes.grid(False, axis="y")
