@@ -73,7 +73,8 @@ def test_report_with_checkpoints_and_a_study(tmp_path, runs):
     assert float(fresh[2]) > 0.9 and abs(float(fresh[3])) < 0.5
     assert "| mixture, 1 of 4 | 1 | below 0.00001 |" in text and "20 routers that never learnt say" in text
     assert text.count("| usage on val |") == 3 and "| balance loss, with minus without |" in text
-    assert "**not measured**" not in text.split("| claim |")[-1] and "**needs real data**" in text
+    card = text.split("| claim |")[-1]
+    assert card.count("**not measured**") == sum(claim.here for claim in load_claims(CLAIMS).claims) and "**needs real data**" in card
 
 
 def test_report_without_checkpoints_and_study(tmp_path, runs):
