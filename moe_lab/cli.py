@@ -351,6 +351,7 @@ def stopwatch(
     import json
     import subprocess
     import time
+    from moe_lab.report import machine
     from moe_lab.tier import tier
     start = time.monotonic()
     code = subprocess.run(words).returncode
@@ -358,8 +359,7 @@ def stopwatch(
         raise UserError(f"{' '.join(words)}: failed with {code}; nothing is recorded")
     records = json.loads(out.read_text()) if out.exists() else {}
     here = tier()
-    machine = f"{here['cpu']} ({here['instructions']}), {here['threads']} threads"
-    records.setdefault(" ".join(words), {})[machine] = {"seconds": round(time.monotonic() - start, 1), "tier": here}
+    records.setdefault(" ".join(words), {})[machine({"machine": here})] = {"seconds": round(time.monotonic() - start, 1), "tier": here}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(records, indent=2, sort_keys=True) + "\n")
 

@@ -94,10 +94,10 @@ def committed_json(
     root: Path = Path("."),  # the checkout
 ) -> dict | None:  # its content, or None when git has no such file
     "A JSON file as it stands in git. `UserError` for a revision that git does not know."
-    known = subprocess.run(["git", "-C", str(root), "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"], capture_output=True)
-    if known.returncode: raise UserError(f"--revision {revision}: git knows no such commit")
-    shown = subprocess.run(["git", "-C", str(root), "show", f"{revision}:{file}"], capture_output=True, text=True)
-    return json.loads(shown.stdout) if shown.returncode == 0 else None
+    git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+    if not (shown := git("show", f"{revision}:{file}")).returncode: return json.loads(shown.stdout)
+    if git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").returncode: raise UserError(f"--revision {revision}: git knows no such commit")
+    return None
 
 # %% ../nbs/lib/64_verify.ipynb #2352284a
 def _fresh_json(path: Path) -> dict | None:

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from ruamel.yaml import YAML
 
-from moe_lab.closure import closure_text, package_modules, imported_modules, stage_closures
+from moe_lab.closure import closure_text, package_modules, imported_modules, notebook_imports, stage_closures
 from moe_lab.detectors import REGISTRY
 from moe_lab.warm import PRELOADED
 
@@ -72,8 +72,7 @@ def layer(module: str) -> int:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_cell_is_python(path):
     "Of the version that make asks for: an analysis is not run by any test as a whole."
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "code": ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
+    notebook_imports(path, package_modules(ROOT))  # which parses them
 
 
 def test_modules_import_only_lower_layers():
